@@ -48,10 +48,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, 
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
 
-# %% ../nbs/02_memory.ipynb #3b7df587
-def at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    "float16 and bfloat16 tensors as float32, others as they are."
-    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+# %% ../nbs/02_memory.ipynb #1d240f50
+def at_least_float32(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    "float16 and bfloat16 tensors as float32, others (and None) as they are."
+    return [x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
 
 # %% ../nbs/02_memory.ipynb #07fbd144
 def recurrent(

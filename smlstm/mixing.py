@@ -81,7 +81,7 @@ def mixed_step(mix: Mixing, t: int, C: Tensor, X: Tensor, Cm: Tensor, shrink: Te
     s = mix.persistence[:, t, None, None, None]
     return (1 - s) * now + s * torch.exp(shrink)[..., None, None] * Cm, X, now
 
-# %% ../nbs/05_mixing.ipynb #4c9e143e
+# %% ../nbs/05_mixing.ipynb #324c3ae6
 def mixed_recurrent(
     q: Tensor, k: Tensor, v: Tensor,  # [B, H, T, d]
     log_i: Tensor, log_f: Tensor,  # [B, H, T]
@@ -92,6 +92,7 @@ def mixed_recurrent(
     "The mixed memory step by step: the definition, and one step of it is how a forecast streams."
     check_inputs(q, k, v, log_i, log_f)
     dtype, (q, k, v, log_i, log_f) = q.dtype, at_least_float32(q, k, v, log_i, log_f)
+    mix = Mixing(*at_least_float32(*mix))
     C, n, m, X, Cm = state or initial_mixed(k, v, mix.read.shape[0])
     scale = stabilize_gates(log_i, growth(log_f, mix), m).m
     outputs = []
@@ -264,7 +265,7 @@ def last_mixed(state: MixedState, regime: Tensor, mix: Mixing) -> Tensor:
     "Cm of a step that ended in `state` under regime weights [B, R], the second equation at one step."
     return (mix.read[:, None, None] * state.X).sum(2) + mix.skip * mixed_regimes(state.C, regime, mix.left, mix.right)
 
-# %% ../nbs/05_mixing.ipynb #5dbe2123
+# %% ../nbs/05_mixing.ipynb #939f43bf
 def mixed_chunkwise(
     q: Tensor, k: Tensor, v: Tensor,  # [B, H, T, d]
     log_i: Tensor, log_f: Tensor,  # [B, H, T]
@@ -276,6 +277,7 @@ def mixed_chunkwise(
     "The mixed memory in fused form: equal to `mixed_recurrent`, without ever holding the memories of a chunk."
     check_inputs(q, k, v, log_i, log_f, chunk_size)
     dtype, (q, k, v, log_i, log_f) = q.dtype, at_least_float32(q, k, v, log_i, log_f)
+    mix = Mixing(*at_least_float32(*mix))
     T, L = q.shape[2], min(chunk_size, q.shape[2])
     state = state or initial_mixed(k, v, mix.read.shape[0])
     log_g, outputs = growth(log_f, mix), []
