@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mape', 'directional_accuracy', 'hit_rate', 'base_rate', 'brier', 'Reliability', 'reliability_curve',
-           'expected_calibration_error', 'qlike_loss', 'qlike', 'variance_scale', 'regime_distribution']
+           'expected_calibration_error', 'qlike_loss', 'qlike', 'qlike_scale', 'regime_distribution']
 
 # %% ../nbs/09_metrics.ipynb #f45752b9
 from typing import NamedTuple
@@ -106,8 +106,8 @@ def qlike(proxy,     # variance that was measured, [n], positive
     "Mean QLIKE loss; robust to noise in the proxy (Patton, 2011)."
     return float(np.mean(qlike_loss(proxy, forecast)))
 
-# %% ../nbs/09_metrics.ipynb #48140fc7
-def variance_scale(proxy, forecast) -> float:
+# %% ../nbs/09_metrics.ipynb #d0b9d180
+def qlike_scale(proxy, forecast) -> float:
     "The factor on the forecast that minimizes its QLIKE: the mean of proxy / forecast. Compute it on training rows."
     qlike_loss(proxy, forecast)
     return float(np.mean(np.asarray(proxy, float) / np.asarray(forecast, float)))
