@@ -20,7 +20,7 @@ from .signals import Signals, SignalState, market_signals
 from .ssm import StructuredStateSpace
 from .stabilization import soft_cap, stabilize_gates
 
-# %% ../nbs/06_cell.ipynb #ca0513ce
+# %% ../nbs/06_cell.ipynb #2fa19d89
 @dataclass(frozen=True)
 class CellConfig:
     "Sizes and choices of one cell. Raises `ValueError` for values that do not fit together."
@@ -36,7 +36,7 @@ class CellConfig:
     ssm_method: str = "zoh"  # or "bilinear"
     window: int = 20  # steps the signals look back
     theta: float = 1.0  # floor of the normalizer
-    chunk_size: int = 64
+    chunk_size: int = 32  # steps read together: speed, not result
 
     def __post_init__(self):
         for name in ("hidden_size", "n_heads", "n_regimes", "window", "chunk_size"):

@@ -116,7 +116,7 @@ def random_mixing(B, H, T, d, R=4, N=4, left="diagonal", right=None, dtype=torch
     regime, persistence = draw(B, T, R).softmax(-1), draw(B, T).sigmoid()
     return Mixing(regime, side(left), side(right), -F.softplus(draw(B, T, N)), draw(B, T, N), draw(N), draw(), persistence)
 
-# %% ../nbs/05_mixing.ipynb #e7e835c0
+# %% ../nbs/05_mixing.ipynb #b7588c0a
 class Kernel(NamedTuple):
     "What the state space and persistence do within chunks of L steps."
     inside: Tensor  # [B, c, t, s] from Cr_s to Cf_t
@@ -127,7 +127,7 @@ class Kernel(NamedTuple):
 def mixing_kernel(mix: Mixing) -> Kernel:
     "Kernel of a mixing that is cut into chunks: log_decay and inject [B, c, L, N], persistence [B, c, L]."
     weighted = mix.inject.mT[..., None, :] * decay_matrix(mix.log_decay.mT).exp()
-    K = (mix.read[:, None, None] * weighted).sum(-3)
+    K = (mix.read @ weighted.flatten(-2)).unflatten(-1, weighted.shape[-2:])
     K = K + mix.skip * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     carried = mix.log_decay.cumsum(-2).exp()
     s = mix.persistence[..., None]
@@ -179,13 +179,17 @@ def read_writes(scores: Tensor, values: Tensor) -> Tensor:
         return scores.sum(-2) @ values.squeeze(-2)
     return scores.flatten(-2) @ values.transpose(-3, -2).flatten(-3, -2)
 
-# %% ../nbs/05_mixing.ipynb #5c3edbdd
-def gain_states(masks: Tensor, values: Tensor, keys: Tensor) -> Tensor:
-    "Sum over r and u of masks [..., N, R, u] times values [..., u, R or 1, i] times keys [..., u, R or 1, j], [..., N, i, j]."
-    weighted = masks.mT.unsqueeze(-1) * values.unsqueeze(-4)
-    if keys.shape[-2] == 1:
-        return weighted.sum(-2).mT @ keys.squeeze(-2).unsqueeze(-3)
-    return weighted.flatten(-3, -2).mT @ keys.flatten(-3, -2).unsqueeze(-3)
+# %% ../nbs/05_mixing.ipynb #56971e5b
+def gain_states(masks: Tensor, v: Tensor, k: Tensor, left: Optional[Tensor], right: Optional[Tensor]) -> Tensor:
+    "Sum over r and u of masks [B, H, c, N, R, u] times A_r v_u times B_r k_u for v, k [B, H, c, u, d], [B, H, c, N, d, d]."
+    if right is not None:
+        values, keys = per_regime(v, left), per_regime(k, right)
+        weighted = masks.mT.unsqueeze(-1) * values.unsqueeze(-4)
+        return weighted.flatten(-3, -2).mT @ keys.flatten(-3, -2).unsqueeze(-3)
+    if left is None: weighted = masks.mT * v.unsqueeze(-3)
+    elif left.dim() == 3: weighted = (masks.mT @ left[:, None, None]) * v.unsqueeze(-3)
+    else: weighted = torch.einsum("bhcnru,bhcuri->bhcnui", masks, per_regime(v, left))
+    return weighted.mT @ k.unsqueeze(-3)
 
 # %% ../nbs/05_mixing.ipynb #c5578a8d
 class Carried(NamedTuple):
@@ -195,7 +199,7 @@ class Carried(NamedTuple):
     seen: Tensor  # [B, H, c, R, d, d] A_r C B_r^T at the start of each chunk
     X: Tensor  # [B, H, c + 1, N, d, d]
 
-# %% ../nbs/05_mixing.ipynb #13501ede
+# %% ../nbs/05_mixing.ipynb #979f7311
 def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tensor, Tensor]:
     "C and n at the boundaries: k, v [B, H, c, L, d], gates [B, H, c, L], boundary [B, H, c + 1]."
     faded = log_f.cumsum(-1)
@@ -205,12 +209,12 @@ def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tenso
     return C, carry(state.n, weighted_k.sum(-2), faded[..., -1], boundary)
 
 
-def carry_states(masks: Masks, keys, values, seen, log_decay, fade: Fading, boundary, state: MixedState) -> Tensor:
-    "X at the boundaries: masks of the chunk ends, keys and values of each regime, log_decay [B, c, N] over a chunk."
+def carry_states(masks: Masks, k, v, seen, fade: Fading, boundary, mix: Mixing, state: MixedState) -> Tensor:
+    "X at the boundaries, [B, H, c + 1, N, d, d]: masks of the chunk ends, seen [B, H, c, R, d, d]."
     to_boundary = torch.exp(fade.scale - boundary[..., 1:])[..., None, None]
-    gains = gain_states(masks.written * to_boundary[..., None], values, keys)
-    gains = gains + ((masks.carried * to_boundary)[..., None, None] * seen.unsqueeze(-4)).sum(-3)
-    log_decay = log_decay.mT.unsqueeze(1).expand(-1, boundary.shape[1], -1, -1)
+    gains = gain_states(masks.written * to_boundary[..., None], v, k, mix.left, mix.right)
+    gains = gains + ((masks.carried * to_boundary) @ seen.flatten(-2)).view_as(gains)
+    log_decay = mix.log_decay.sum(-2).mT.unsqueeze(1).expand(-1, boundary.shape[1], -1, -1)
     return carry(state.X, gains.transpose(2, 3), log_decay, boundary.unsqueeze(2)).transpose(2, 3)
 
 # %% ../nbs/05_mixing.ipynb #151b039d
@@ -231,23 +235,22 @@ def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
     read = weight[..., None] * (unexplained @ q[:, :, 0, 0, :, None]).squeeze(-1)
     return F.pad(read[:, :, None, None], (0, 0, 0, q.shape[3] - 1, 0, q.shape[2] - 1))
 
-# %% ../nbs/05_mixing.ipynb #f9f728e6
+# %% ../nbs/05_mixing.ipynb #22e27dcd
 def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "The fused form on chunks: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
     boundary = boundary_scale(log_i, log_g, state.m).detach()
     alike = mix.left is None and mix.right is None
     regime = mix.regime.sum(-1, keepdim=True) if alike else mix.regime
     kernel, fade = mixing_kernel(mix), fading(log_i, log_f, boundary)
-    keys, values = per_regime(k, mix.right), per_regime(v, mix.left)
     C, n = carry_memory(k, v, log_i, log_f, boundary, state)
     seen = processed(C[:, :, :-1], mix.left, mix.right)
     at_end = regime_masks(kernel.to_end, regime, fade)
-    X = carry_states(at_end, keys, values, seen, mix.log_decay.sum(-2), fade, boundary, state)
+    X = carry_states(at_end, k, v, seen, fade, boundary, mix, state)
     masks = regime_masks(kernel.inside, regime, fade)
     plain_scores = q @ k.mT
-    scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcurd->bhctru", q, keys)
+    scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcurd->bhctru", q, per_regime(k, mix.right))
     before = F.pad(regime[:, :-1, -1], (0, 0, 1, 0))
-    numerator = read_writes(masks.written * scores, values)
+    numerator = read_writes(masks.written * scores, per_regime(v, mix.left))
     numerator = numerator + read_carried(q, Carried(C, n, seen, X), kernel, masks.carried, before, fade, boundary, mix)
     numerator = numerator + read_first(q, fade, mix, state)
     n_q = (fade.written * plain_scores).sum(-1) + fade.carried * (q @ n[:, :, :-1, :, None]).squeeze(-1)
