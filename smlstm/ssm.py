@@ -103,12 +103,12 @@ def carry_states(ends: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Ten
         state = keep.unsqueeze(-1)*state + end
     return torch.stack(before, 1), state
 
-# %% ../nbs/03_ssm.ipynb #29cfe008
+# %% ../nbs/03_ssm.ipynb #c9207b04
 def ssm_chunkwise(
     u: Tensor,  # input, [B, T, D]
     coefficients: SSMCoefficients,  # for [B, T]
     state: Optional[Tensor] = None,  # levels before the first step, [B, N, D]; None is zero
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     "`ssm_recurrent` in time linear in T, parallel within chunks. Raises `ValueError` where shapes do not fit."
     if chunk_size < 1: raise ValueError(f"chunk_size={chunk_size} must be at least 1")
