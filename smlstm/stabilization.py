@@ -30,7 +30,7 @@ class StabilizedGates(NamedTuple):
     f: Tensor  # forget gate exp(log_f + m_{t-1} - m_t), [..., T]
     m: Tensor  # stabilizer, [..., T]; a constant to the gradient
 
-# %% ../nbs/01_stabilization.ipynb #9ad0a075
+# %% ../nbs/01_stabilization.ipynb #9ece9587
 def stabilize_gates(
     log_i: Tensor,  # input gate in log space, [..., T]; -inf writes nothing
     log_f: Tensor,  # forget gate in log space, [..., T]; -inf forgets everything
@@ -43,9 +43,9 @@ def stabilize_gates(
     if m0 is None: m0 = torch.zeros_like(log_f[..., 0])
     with torch.no_grad():
         m = running_stabilizer(log_i if rule == "max" else log_f, log_f, m0)
-        m = m.masked_fill(m == -torch.inf, 0.0)
+        scale = m.masked_fill(m == -torch.inf, 0.0)
     before = torch.cat([m0.unsqueeze(-1), m[..., :-1]], -1)
-    return StabilizedGates(torch.exp(log_i - m), torch.exp(log_f + before - m), m)
+    return StabilizedGates(torch.exp(log_i - scale), torch.exp(log_f + before - scale), m)
 
 # %% ../nbs/01_stabilization.ipynb #1b21b29a
 def soft_cap(x: Tensor, cap: float) -> Tensor:

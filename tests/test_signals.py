@@ -1,0 +1,195 @@
+"""Market signals: against NumPy and pandas, bit for bit causal, in any pieces, never NaN, compiled in one graph."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from smlstm.signals import (
+    ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
+)
+
+F64 = torch.float64
+CAUSAL = [
+    rolling_volatility, normalized_volatility, trend_strength, ema_agreement, lambda x: ema(x, span=9),
+    lambda x: market_signals(x)[0].volatility, lambda x: market_signals(x)[0].trend, lambda x: market_signals(x)[0].agreement,
+]
+
+
+def walk(B, T, seed=0, dtype=F64):
+    return torch.randn(B, T, generator=torch.Generator().manual_seed(seed), dtype=dtype).cumsum(1)
+
+
+def trend_of(w):
+    d = w - w.mean()
+    return (abs((d[:-1] * d[1:]).sum() / np.sqrt((d**2).sum() * (d[1:] ** 2).sum())) + 1) / 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(T=st.integers(1, 60), window=st.integers(1, 30), seed=st.integers(0, 999))
+def test_against_numpy_and_pandas(T, window, seed):
+    x = walk(2, T, seed)
+    frame = pd.DataFrame(x.numpy().T)
+    sigma = frame.rolling(window + 1, min_periods=2).std().fillna(0).to_numpy().T
+    np.testing.assert_allclose(rolling_volatility(x, window), sigma, atol=1e-9)
+    usual = sigma.cumsum(1) / np.arange(1, T + 1)
+    np.testing.assert_allclose(normalized_volatility(x, window), sigma / (usual + 1e-6), atol=1e-7)
+    np.testing.assert_allclose(normalized_volatility(x, window, rule="letter"), sigma / (sigma.mean(1, keepdims=True) + 1e-6), atol=1e-7)
+    trend = trend_strength(x, window).numpy()
+    for t in range(T):
+        expected = trend_of(x[0, t - window : t + 1].numpy()) if t >= window >= 2 else 0.5
+        assert trend[0, t] == pytest.approx(expected, abs=1e-9)
+    if T > 2:
+        np.testing.assert_allclose(trend_strength(x, window, "letter")[1], trend_of(x[1].numpy()), atol=1e-9)
+    for span in (1, 5.5, 26):
+        np.testing.assert_allclose(ema(x, span=span), frame.ewm(span=span, adjust=False).mean().to_numpy().T, atol=1e-11)
+
+
+def test_agreement_against_pandas():
+    x = walk(1, 500)
+    series = pd.Series(x[0].numpy())
+    fast, slow = (np.sign(series.ewm(span=n, adjust=False).mean().diff().fillna(0)) for n in (12, 26))
+    np.testing.assert_array_equal(ema_agreement(x)[0], fast * slow)
+    assert ema_agreement(x)[0, 0] == 0
+
+
+@pytest.mark.parametrize("signal", CAUSAL)
+@pytest.mark.parametrize("today", [1, 20, 33, 96, 199])
+def test_the_future_does_not_reach_back(signal, today):
+    x = walk(2, 200, dtype=torch.float32)
+    other = torch.cat([x[:, :today], 1e3 * torch.randn(2, 200 - today)], 1)
+    assert torch.equal(signal(x)[:, :today], signal(other)[:, :today])
+
+
+def test_the_letters_look_ahead():
+    x = walk(1, 200)
+    other = torch.cat([x[:, :150], 5 * x[:, 150:]], 1)
+    for signal in (normalized_volatility, trend_strength):
+        assert not torch.equal(signal(x, rule="letter")[:, :150], signal(other, rule="letter")[:, :150])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(1, 119), max_size=8, unique=True), window=st.integers(1, 25), seed=st.integers(0, 999))
+def test_any_cut(cuts, window, seed):
+    x = walk(2, 120, seed)
+    whole, last = market_signals(x, window)
+    state, pieces, edges = None, [], [0, *sorted(cuts), 120]
+    for start, end in zip(edges, edges[1:]):
+        signals, state = market_signals(x[:, start:end], window, state=state)
+        pieces.append(signals)
+    for joined, wanted in zip(zip(*pieces), whole):
+        torch.testing.assert_close(torch.cat(joined, 1), wanted, atol=1e-12, rtol=0)
+    for got, wanted in zip(state, last):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+def test_one_step_at_a_time_from_the_initial_state():
+    x = walk(3, 70)
+    state, steps = initial_signal_state(3, 20, F64), []
+    for t in range(70):
+        signals, state = market_signals(x[:, t : t + 1], state=state)
+        steps.append(signals)
+    whole, _ = market_signals(x)
+    for joined, wanted in zip(zip(*steps), whole):
+        torch.testing.assert_close(torch.cat(joined, 1), wanted, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=40), window=st.integers(1, 12))
+def test_finite_for_whatever_comes(values, window):
+    x = torch.tensor([values], dtype=torch.float32, requires_grad=True)
+    signals, state = market_signals(x, window)
+    outputs = [*signals, trend_strength(x, window, "letter"), normalized_volatility(x, window, rule="letter"), ema(x, alpha=0.3)]
+    for y in outputs:
+        assert y.shape == x.shape and y.isfinite().all()
+    assert all(s.isfinite().all() for s in state)
+    gradient, = torch.autograd.grad(sum(y.sum() for y in outputs), x)
+    assert not gradient.isnan().any()
+    assert (signals.trend >= 0.5).all() and (signals.trend <= 1 + 1e-6).all() and (signals.volatility >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -2531.7, 1e7])
+def test_flat_series_are_exactly_flat(value):
+    x = torch.full((1, 300), value)
+    signals, _ = market_signals(x)
+    assert (signals.volatility == 0).all() and (signals.trend == 0.5).all() and (signals.agreement == 0).all()
+
+
+def test_a_trend_is_told_from_noise():
+    random = torch.Generator().manual_seed(1)
+    noise, follow = torch.randn(50, 400, generator=random), [torch.zeros(50)]
+    for e in noise.unbind(1):
+        follow.append(0.9 * follow[-1] + e)
+    assert trend_strength(torch.stack(follow, 1))[:, 100:].mean() > trend_strength(noise)[:, 100:].mean() + 0.15
+
+
+def test_gradients():
+    x = torch.randn(1, 12, dtype=F64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    smooth = lambda x: (*market_signals(x, 4)[0][:2], ema(x, span=3), normalized_volatility(x, 4, rule="letter"), trend_strength(x, 4, "letter"))
+    assert torch.autograd.gradcheck(smooth, x)
+
+
+def test_float32_keeps_its_digits_on_prices():
+    x = 2500 * torch.exp(0.01 * walk(2, 6000))
+    low, high = market_signals(x.float())[0], market_signals(x.float().double())[0]
+    assert ((low.volatility - high.volatility) / (high.volatility + 1e-3)).abs().max() < 1e-4
+    assert (low.trend - high.trend).abs().max() < 1e-5
+
+
+def test_half_precision_is_computed_in_float32():
+    x = walk(2, 400).bfloat16()
+    signals, state = market_signals(x)
+    wanted, _ = market_signals(x.float())
+    assert all(torch.equal(a, b) for a, b in zip(signals, wanted)) and state.count.tolist() == [400, 400]
+
+
+class Streaming(torch.nn.Module):
+    def forward(self, x, *state):
+        signals, state = market_signals(x, 10, state=initial_signal_state(1)._make(state))
+        return (*signals, *state)
+
+
+def streaming_inputs(B, T=30):
+    _, state = market_signals(walk(B, 25, dtype=torch.float32), 10)
+    return walk(B, T, 7, torch.float32), *state
+
+
+def test_one_graph_with_a_dynamic_batch_and_no_float64():
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(Streaming(), streaming_inputs(3), dynamic_shapes=(batch, (batch,) * 5))
+    for B in (1, 6):
+        for got, wanted in zip(program.module()(*streaming_inputs(B)), Streaming()(*streaming_inputs(B))):
+            torch.testing.assert_close(got, wanted)
+    kinds = {node.meta["val"].dtype for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+    assert F64 not in kinds
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any(word in name for name in names for word in ("nonzero", "masked_select", "unfold", "item"))
+
+
+def test_compiles_whole():
+    compiled = torch.compile(Streaming(), fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(*streaming_inputs(2)), Streaming()(*streaming_inputs(2))):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_mistakes_are_named():
+    x = torch.randn(2, 9)
+    for bad in (x[0], x[:, :0], x.long()):
+        for signal in CAUSAL:
+            with pytest.raises(ValueError, match=r"need floats \[B, T\]"):
+                signal(bad)
+    for signal in (rolling_volatility, normalized_volatility, trend_strength, market_signals):
+        with pytest.raises(ValueError, match="window=0"):
+            signal(x, window=0)
+    for signal in (normalized_volatility, trend_strength):
+        with pytest.raises(ValueError, match="'whole' is unknown"):
+            signal(x, rule="whole")
+    with pytest.raises(ValueError, match="remembers 5 values"):
+        market_signals(x, state=initial_signal_state(2, 5))
+    for options in ({}, {"span": 3, "alpha": 0.5}):
+        with pytest.raises(ValueError, match="exactly one"):
+            ema(x, **options)
+    for options in ({"span": 0.5}, {"alpha": 0.0}, {"alpha": 1.01}, {"span": float("nan")}):
+        with pytest.raises(ValueError, match="must be"):
+            ema(x, **options)

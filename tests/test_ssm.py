@@ -1,0 +1,188 @@
+"""The state space model: discretization to the last digit, chunks against the loop, any cut, half precision, export."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from smlstm.ssm import (
+    FASTEST, MarketClock, SSMCoefficients, StructuredStateSpace, discretize, ssm_chunkwise, ssm_recurrent,
+)
+
+F64 = torch.float64
+METHODS = pytest.mark.parametrize("method", ["zoh", "bilinear"])
+
+
+def case(B, T, D, N, seed, requires_grad=False):
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=random, dtype=F64)
+    parts = [draw(B, T, D), draw(B, N, D), -2 * draw(B, T, N) ** 2, draw(B, T, N), draw(N), draw()]
+    return [x.requires_grad_(requires_grad) for x in parts]
+
+
+def run(form, u, state, *coefficients, **options):
+    return form(u, SSMCoefficients(*coefficients), state, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(B=st.integers(1, 3), T=st.integers(1, 60), D=st.integers(1, 3), N=st.integers(1, 4), chunk=st.integers(1, 70), seed=st.integers(0, 999))
+def test_chunks_are_the_loop(B, T, D, N, chunk, seed):
+    parts = case(B, T, D, N, seed, requires_grad=True)
+    slow, fast = run(ssm_recurrent, *parts), run(ssm_chunkwise, *parts, chunk_size=chunk)
+    for a, b in zip(slow, fast):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    gradients = [torch.autograd.grad((y * torch.cos(y)).sum() + x.square().sum(), parts) for y, x in (slow, fast)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 99), max_size=5, unique=True), method=st.sampled_from(["zoh", "bilinear"]))
+def test_any_cut(cuts, method):
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace(3, method).double()
+    u, volatility, trend = torch.randn(2, 100, 2, dtype=F64), 4 * torch.rand(2, 100, dtype=F64), 0.5 + torch.rand(2, 100, dtype=F64) / 2
+    whole, last = ssm(u, volatility, trend)
+    state, pieces, edges = None, [], [0, *sorted(cuts), 100]
+    for start, end in zip(edges, edges[1:]):
+        y, state = ssm(u[:, start:end], volatility[:, start:end], trend[:, start:end], state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(state, last, atol=1e-12, rtol=0)
+
+
+def test_the_future_does_not_reach_back():
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace()
+    u, volatility, trend = torch.randn(1, 90, 2), torch.rand(1, 90) * 3, 0.5 + torch.rand(1, 90) / 2
+    before = ssm(u, volatility, trend)[0][:, :50].clone()
+    for x in (u, volatility, trend):
+        x[:, 50:] = 0.7
+    assert torch.equal(ssm(u, volatility, trend)[0][:, :50], before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(exponent=st.floats(-14, 0.6), dt=st.sampled_from([0.01, 0.3, 1.0]))
+def test_zoh_against_exact_rationals(exponent, dt):
+    z = -(10.0**exponent) * dt
+    exact = sum((Fraction(z) ** k / math.factorial(k + 1) for k in range(60)), Fraction(0)) * Fraction(dt)
+    b = discretize(torch.tensor(-(10.0**exponent), dtype=F64), torch.tensor(dt, dtype=F64)).b.item()
+    assert b == pytest.approx(float(exact), rel=1e-14, abs=0)
+
+
+@METHODS
+@pytest.mark.parametrize("lam", [0.0, -1e-12, -1e-3, -0.0999, -0.1, -0.1001, -5.0])
+def test_gradients_of_one_step(method, lam):
+    arguments = tuple(torch.tensor(x, dtype=F64, requires_grad=True) for x in (lam, 1.0))
+    assert torch.autograd.gradcheck(lambda lam, dt: tuple(discretize(lam, dt, method)), arguments)
+
+
+def test_discretize_broadcasts():
+    a, b = discretize(-torch.rand(4), torch.rand(2, 7, 1), "bilinear")
+    assert a.shape == b.shape == (2, 7, 4)
+
+
+@METHODS
+@settings(max_examples=30, deadline=None)
+@given(push=st.floats(-1e4, 1e4), volatility=st.floats(0, 1e8), trend=st.floats(0.5, 1), dt_max=st.sampled_from([0.02, 1.0, 50.0]))
+def test_stable_whatever_is_learned(method, push, volatility, trend, dt_max):
+    ssm = StructuredStateSpace(3, method, dt_min=0.01, dt_max=dt_max)
+    for p in (ssm.rate, ssm.clock.weights):
+        p.data.fill_(push)
+    signals = torch.full((1, 4), volatility), torch.full((1, 4), trend)
+    dt = ssm.step_size(*signals)
+    assert (dt >= 0.01 * (1 - 1e-6)).all() and (dt <= dt_max * (1 + 1e-6)).all()
+    assert (ssm.lam * dt.max() >= -FASTEST * (1 + 1e-6)).all()
+    coefficients = ssm.coefficients(*signals)
+    assert coefficients.log_decay.isfinite().all() and (coefficients.log_decay <= 0).all()
+    y, state = ssm(torch.randn(1, 4, 2), *signals)
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ssm.parameters())
+
+
+def test_the_start():
+    ssm = StructuredStateSpace(6).double()
+    one, half = torch.ones(1, 1, dtype=F64), torch.full((1, 1), 0.5, dtype=F64)
+    dt = ssm.step_size(one, half).item()
+    assert dt == pytest.approx(0.01**0.25, rel=1e-6)
+    half_lives = (math.log(2) / (-ssm.lam * dt)).tolist()
+    assert 1 < half_lives[0] < 1.5 and half_lives[-1] == pytest.approx(100, rel=1e-4)
+    ratios = [b / a for a, b in zip(half_lives, half_lives[1:])]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-4)
+    a, b = ssm.coefficients(one, half).log_decay.exp(), ssm.coefficients(one, half).inject
+    torch.testing.assert_close(b, 1 - a, atol=1e-6, rtol=0)  # an exponential moving average
+    u = torch.randn(1, 30, 2, dtype=F64)
+    torch.testing.assert_close(ssm(u)[0], ssm(u, torch.ones(1, 30, dtype=F64), torch.full((1, 30), 0.5, dtype=F64))[0])
+    assert (ssm(u)[0] - u).abs().max() < 0.2 * u.abs().max()
+    assert (ssm.step_size(2 * one, half) > dt).all() and (ssm.step_size(one, 2 * half) < dt).all()
+
+
+@METHODS
+def test_bfloat16_is_computed_in_float32(method):
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace(4, method)
+    u, volatility, trend = torch.randn(2, 300, 3), 2 * torch.rand(2, 300), 0.5 + torch.rand(2, 300) / 2
+    y, state = ssm(u.bfloat16(), volatility, trend)
+    wanted, last = ssm(u.bfloat16().float(), volatility, trend)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    torch.testing.assert_close(y, wanted.bfloat16())
+    torch.testing.assert_close(state, last)
+    low = StructuredStateSpace(4, method).bfloat16()
+    y, _ = low(u.bfloat16(), volatility.bfloat16(), trend.bfloat16())
+    assert y.isfinite().all()
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in low.parameters())
+
+
+def test_float32_stays_close_over_4096_steps():
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace()
+    ssm.c.data.fill_(1.0)
+    u, volatility, trend = torch.randn(1, 4096, 2), 4 * torch.rand(1, 4096), 0.5 + torch.rand(1, 4096) / 2
+    y, _ = ssm(u, volatility, trend)
+    wanted, _ = ssm.double()(u.double(), volatility.double(), trend.double())
+    assert ((y - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@METHODS
+def test_exports_with_a_dynamic_batch(method):
+    ssm = StructuredStateSpace(method=method)
+    arguments = lambda B: (torch.randn(B, 40, 3), torch.rand(B, 40), 0.5 + torch.rand(B, 40) / 2, torch.randn(B, 4, 3))
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(ssm, arguments(3), dynamic_shapes=(batch,) * 4)
+    for B in (1, 5):
+        inputs = arguments(B)
+        for got, wanted in zip(program.module()(*inputs), ssm(*inputs)):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_state_dict_goes_round():
+    torch.manual_seed(0)
+    ssm, other, u = StructuredStateSpace(), StructuredStateSpace(), torch.randn(1, 20, 2)
+    for p in ssm.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    other.load_state_dict(ssm.state_dict())
+    assert torch.equal(ssm(u)[0], other(u)[0])
+
+
+def test_mistakes_are_named():
+    u = torch.randn(2, 5, 3)
+    ssm = StructuredStateSpace()
+    with pytest.raises(ValueError, match="'euler' is unknown"):
+        StructuredStateSpace(method="euler")
+    with pytest.raises(ValueError, match="n_states=0"):
+        StructuredStateSpace(0)
+    with pytest.raises(ValueError, match="dt_min=1"):
+        MarketClock(1.0, 1.0)
+    with pytest.raises(ValueError, match="need \\[B, T, D\\]"):
+        ssm(u[0], torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(ValueError, match="T >= 1"):
+        ssm(u[:, :0])
+    with pytest.raises(ValueError, match=r"need \[B, N, D\] = \(2, 4, 3\)"):
+        ssm(u, state=torch.zeros(2, 3, 3))
+    with pytest.raises(ValueError, match="coefficients are for"):
+        ssm(u, torch.ones(2, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        ssm_chunkwise(u, ssm.coefficients(torch.ones(2, 5), torch.ones(2, 5)), chunk_size=0)
