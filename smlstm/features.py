@@ -110,7 +110,7 @@ def _trend(frame: pd.DataFrame) -> dict:
         "drawdown": np.log(close / close.rolling(250).max()),
     }
 
-# %% ../nbs/11_features.ipynb #3c1a22d5
+# %% ../nbs/11_features.ipynb #cc331a27
 def _oscillators(frame: pd.DataFrame) -> dict:
     "RSI, Bollinger position and, where high and low are known, the stochastic oscillator and ADX; 0 where nothing moved."
     close = frame.close
@@ -122,9 +122,9 @@ def _oscillators(frame: pd.DataFrame) -> dict:
     }
     if has_range(frame):
         bars = [frame[name].to_numpy(float) for name in ("high", "low", "close")]
-        fast, slow = (_column(x, frame) for x in talib.STOCH(*bars, fastk_period=14, slowk_period=3, slowd_period=3))
+        slow = _column(talib.STOCH(*bars, fastk_period=14, slowk_period=3, slowd_period=3)[0], frame)
         spread = (frame.high.rolling(14).max() > frame.low.rolling(14).min()).rolling(5).min() > 0
-        columns |= {"stochastic": (fast / 50 - 1).where(spread, 0.0), "stochastic_gap": ((fast - slow) / 50).where(spread, 0.0),
+        columns |= {"stochastic": (slow / 50 - 1).where(spread, 0.0),
                     "adx_14": _column(talib.ADX(*bars, 14), frame).fillna(0.0) / 100}
     return columns
 
@@ -132,7 +132,7 @@ def _column(values: np.ndarray, frame: pd.DataFrame) -> pd.Series:
     "Values beside the frame's dates."
     return pd.Series(values, index=frame.index)
 
-# %% ../nbs/11_features.ipynb #c7cfc680
+# %% ../nbs/11_features.ipynb #632e0918
 def _volatility(frame: pd.DataFrame) -> dict:
     "HAR terms and their relatives: squared return, downside, shock, volatility of volatility."
     change, variance = np.log(frame.close).diff(), variance_proxy(frame)
@@ -140,7 +140,6 @@ def _volatility(frame: pd.DataFrame) -> dict:
     below = squared.where(change < 0, 0.0).where(change.notna())
     return {f"log_variance_{span}": np.log(variance.rolling(span).mean()) for span in (1, 5, 22, 66)} | {
         "log_squared_return": np.log(squared),
-        "downside_5": (below.rolling(5).sum() / squared.rolling(5).sum()).clip(0, 1),
         "downside_22": (below.rolling(22).sum() / squared.rolling(22).sum()).clip(0, 1),
         "shock": change / np.sqrt(variance.rolling(22).mean().shift()),
         "variance_ratio": np.log(squared.rolling(22).mean() / variance.rolling(22).mean()),
@@ -173,19 +172,19 @@ def _volume(frame: pd.DataFrame) -> dict:
         "obv_22": (signed.rolling(22).sum() / volume.rolling(22).sum()).clip(-1, 1),
     }
 
-# %% ../nbs/11_features.ipynb #682a52c3
+# %% ../nbs/11_features.ipynb #13d5e37e
 def _calendar(frame: pd.DataFrame, zone: str) -> dict:
     "Weekday, season, time since the last bar and, for intraday bars, time of day at the exchange."
     intraday = frame.index.tz is not None
     local = frame.index.tz_convert(zone) if intraday else frame.index
-    angles = {"week": local.dayofweek / 7, "year": (local.dayofyear - 1) / 365.25}
+    angles = {"week": local.day_of_week / 7, "year": (local.day_of_year - 1) / 365.25}
     if intraday:
         angles["day"] = (local.hour * 60 + local.minute) / 1440
     elapsed = frame.index.to_series().diff() / pd.Timedelta(hours=1 if intraday else 24)
     columns = {f"{name}_{f.__name__}": _column(f(2 * np.pi * np.asarray(a, float)), frame) for name, a in angles.items() for f in (np.sin, np.cos)}
     return columns | {"log_elapsed": np.log(elapsed)}
 
-# %% ../nbs/11_features.ipynb #e12f574b
+# %% ../nbs/11_features.ipynb #6dfb392b
 class Feature(NamedTuple):
     "A column's formula, its range (None: unbounded), the rows it looks back (None: recursive, settled after `WARMUP`)."
     formula: str
@@ -210,14 +209,12 @@ FEATURES = {
     "rsi_14": Feature("RSI14 / 50 - 1 (Wilder)", -1, 1, None),
     "bollinger": Feature("(C - mean of 20 C) / (2 deviations of 20 C)", -2.2, 2.2, 19),
     "stochastic": Feature("slow %K (14, 3) / 50 - 1", -1, 1, 15),
-    "stochastic_gap": Feature("(%K - %D (3)) / 50", -2, 2, 17),
     "adx_14": Feature("ADX14 / 100 (Wilder)", 0, 1, None),
 }
 
-# %% ../nbs/11_features.ipynb #aba8b2c4
+# %% ../nbs/11_features.ipynb #451c3272
 FEATURES |= {f"log_variance_{n}": Feature(f"ln mean of {n} v", -18.5, None, n) for n in (1, 5, 22, 66)} | {
     "log_squared_return": Feature("ln max(r^2, 1e-8)", -18.5, None, 1),
-    "downside_5": Feature("sum of r^2 over falls / sum of r^2, 5 rows", 0, 1, 5),
     "downside_22": Feature("sum of r^2 over falls / sum of r^2, 22 rows", 0, 1, 22),
     "shock": Feature("r[t] / sqrt(mean of v[t-22..t-1])", None, None, 23),
     "variance_ratio": Feature("ln (mean of 22 r^2 / mean of 22 v)", None, None, 22),

@@ -9,7 +9,7 @@ __all__ = ['INTERVALS', 'COLUMNS', 'TWINS', 'FetchError', 'InvalidRequest', 'Unk
            'yahoo_reachable', 'Answer', 'exchange_calendar', 'safe_fetch', 'split_range', 'fetch_chunk', 'Stored',
            'get_stock_data', 'load_prices', 'merge_datasets']
 
-# %% ../nbs/10_fetch.ipynb #1efdd912
+# %% ../nbs/10_fetch.ipynb #89ef7122
 import contextlib
 import functools
 import hashlib
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_any, stop_when_event_set, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_any, stop_when_event_set, wait_exponential, wait_random
 from tqdm.auto import tqdm
 
 # %% ../nbs/10_fetch.ipynb #4fd67579
@@ -498,10 +498,10 @@ class _Pace:
 
 _pace = _Pace(0.25)
 
-# %% ../nbs/10_fetch.ipynb #6ee8d910
+# %% ../nbs/10_fetch.ipynb #fd7d3d77
 def _retrying(ticker: str, retries: int, delay: float, stop: threading.Event) -> Retrying:
     "tenacity's loop: transient failures only, exponential waits with jitter, a line for each."
-    backoff = wait_exponential_jitter(initial=delay, max=300, jitter=delay)
+    backoff = wait_exponential(multiplier=delay, max=300) + wait_random(0, delay)
 
     def wait(state) -> float:
         error = state.outcome.exception()
@@ -657,7 +657,7 @@ def _meta_note(meta: dict) -> dict:
 def _meta_from(note: dict) -> dict:
     return {k: (pd.Timestamp(v) if k in ("firstTradeDate", "regularMarketTime") and v is not None else v) for k, v in note.items()}
 
-# %% ../nbs/10_fetch.ipynb #f6f1addb
+# %% ../nbs/10_fetch.ipynb #03da54fe
 def _download(ticker, first, last, interval, folder: Path, max_workers: int, retries: int, delay: float) -> Answer:
     "All chunks of [first, last), joined. What succeeded is on disk even where this raises."
     _require_yahoo()
@@ -672,9 +672,9 @@ def _download(ticker, first, last, interval, folder: Path, max_workers: int, ret
             pool.shutdown(wait=True, cancel_futures=True)
     answers = [future.result() for future in futures]
     frames = [answer.frame for answer in answers if len(answer.frame)]
+    shutil.rmtree(folder, ignore_errors=True)
     if not frames:
         raise NoPrices(f"Yahoo has no {interval} prices of {ticker} for {first.date()} to {last.date()}: choose other dates")
-    shutil.rmtree(folder, ignore_errors=True)
     return Answer(pd.concat(frames), [answer.meta for answer in answers if answer.meta][-1])
 
 # %% ../nbs/10_fetch.ipynb #f3b6fb76
@@ -848,7 +848,7 @@ def _known_at(days: pd.DatetimeIndex, exchange: "str | None") -> pd.DatetimeInde
         raise InvalidRequest(f"{days[closes.isna()][0].date()} is no session of {exchange}: pass the exchange of these prices, or None for a market that never closes")
     return pd.DatetimeIndex(closes).tz_convert("UTC")
 
-# %% ../nbs/10_fetch.ipynb #ac159fad
+# %% ../nbs/10_fetch.ipynb #2b11fe5d
 def merge_datasets(
     daily_df: pd.DataFrame,          # daily price frame: dates without a time zone
     hourly_df: pd.DataFrame,         # intraday price frame: UTC bar starts
@@ -858,13 +858,12 @@ def merge_datasets(
     "Daily values beside intraday rows, each visible only after its session's close."
     _check_merge(daily_df, hourly_df, how)
     known = _known_at(daily_df.index, exchange).as_unit("ns")
-    daily = daily_df.add_suffix("_daily")
+    daily, times = daily_df.add_suffix("_daily").set_axis(known), hourly_df.index.as_unit("ns")
     if how == "last":
-        found = np.searchsorted(known, hourly_df.index.as_unit("ns"), side="right") - 1
-        values = np.where(found[:, None] >= 0, daily.to_numpy(float)[np.maximum(found, 0)] if len(daily) else np.nan, np.nan)
+        joined = daily.reindex(times, method="ffill")
     else:
-        values = np.stack([np.interp(hourly_df.index.as_unit("ns").asi8, known.asi8, daily[c].to_numpy(float), left=np.nan) for c in daily], axis=1)
-    return pd.concat([hourly_df, pd.DataFrame(values, hourly_df.index, daily.columns)], axis=1)
+        joined = pd.DataFrame({c: np.interp(times.asi8, known.asi8, daily[c], left=np.nan) for c in daily}, index=times)
+    return pd.concat([hourly_df, joined.set_axis(hourly_df.index)], axis=1)
 
 def _check_merge(daily: pd.DataFrame, hourly: pd.DataFrame, how: str) -> None:
     "InvalidRequest for frames or a method that cannot be merged rightly."
@@ -874,5 +873,7 @@ def _check_merge(daily: pd.DataFrame, hourly: pd.DataFrame, how: str) -> None:
         index = frame.index
         if not isinstance(index, pd.DatetimeIndex) or (index.tz is not None) != zoned or not (index.is_monotonic_increasing and index.is_unique):
             raise InvalidRequest(f"the {name} frame needs increasing, unique {'times with a time zone' if zoned else 'dates without a time zone'}")
+    if daily.empty:
+        raise InvalidRequest("the daily frame is empty: there is nothing to merge")
     if not (daily.index == daily.index.normalize()).all():
         raise InvalidRequest("the daily frame's dates carry a time of day: normalize them")
