@@ -4,21 +4,28 @@
 
 # %% auto #0
 __all__ = ['FORECAST_COLUMNS', 'MATERIAL', 'CausalityReport', 'CausalityError', 'audit_causality', 'known_forecasts',
-           'ewma_variance', 'FoldScores', 'evaluate_fold', 'SkillTest', 'direction_test', 'loss_difference_test',
-           'skill_tests', 'Verdict', 'verdict', 'verdicts', 'evaluate']
+           'ewma_variance', 'walk_forward', 'linear_forecast', 'FoldScores', 'evaluate_fold', 'SkillTest',
+           'direction_test', 'loss_difference_test', 'skill_tests', 'Verdict', 'verdict', 'holm', 'verdicts',
+           'evaluate']
 
-# %% ../nbs/16_evaluation.ipynb #d43cce02
+# %% ../nbs/16_evaluation.ipynb #fb1bc059
 import math
 from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+from arch import arch_model
+from arch.bootstrap import MCS
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from statsmodels.api import OLS, add_constant
 from statsmodels.stats.diagnostic import pesaran_timmermann
-from statsmodels.stats.multitest import multipletests
 from statsmodels.tsa.stattools import diebold_mariano_test
 
+from .features import make_targets, variance_proxy
 from .metrics import base_rate, brier, expected_calibration_error, hit_rate, mape, qlike, qlike_loss, regime_distribution, qlike_scale
 
 # %% ../nbs/16_evaluation.ipynb #5058094a
@@ -153,6 +160,46 @@ def ewma_variance(proxy: pd.Series,  # measured variance of each bar
     if not 0 < decay < 1: raise ValueError(f"decay is {decay}: give a number between 0 and 1")
     return proxy.ewm(alpha=1 - decay).mean().rename("ewma_variance")
 
+# %% ../nbs/16_evaluation.ipynb #2a04fded
+def walk_forward(forecast: Callable,  # (training rows, test rows), both slices -> forecast frame of the test rows; fits all it needs on the training rows
+                 folds: list,         # from `time_folds`
+                 horizon=1,           # bars that the targets look ahead
+                 refit_every=None,    # rows after which to fit anew inside a fold; None for once a fold
+                 ) -> pd.DataFrame:
+    "Out-of-sample forecasts of all folds in one frame, with the column `fold`."
+    parts = []
+    for fold in folds:
+        gap = fold.test.start - fold.train.stop
+        if gap < horizon: raise ValueError(f"fold {fold.number} leaves a gap of {gap} rows, but targets reach {horizon} ahead: make the folds with gap={horizon}")
+        for start in range(fold.test.start, fold.test.stop, refit_every or len(range(*fold.test.indices(fold.test.stop)))):
+            moved = start - fold.test.start
+            train = slice(fold.train.start + (moved if fold.train.start else 0), fold.train.stop + moved)
+            test = slice(start, min(start + refit_every, fold.test.stop) if refit_every else fold.test.stop)
+            part = forecast(train, test)
+            if len(part) != test.stop - test.start: raise ValueError(f"{len(part)} forecasts came back for {test.stop - test.start} test rows of fold {fold.number}")
+            parts.append(part.assign(fold=fold.number))
+    return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/16_evaluation.ipynb #cf0c43bc
+def _tuned(model, strengths, scoring, gap):
+    "The model behind a scaler, its regularization chosen by walking forward inside the rows it is fitted on."
+    name = type(model).__name__.lower()
+    parameter = f"{name}__{'alpha' if name == 'ridge' else 'C'}"
+    return GridSearchCV(make_pipeline(StandardScaler(), model), {parameter: strengths}, scoring=scoring, cv=TimeSeriesSplit(3, gap=gap))
+
+def linear_forecast(features: pd.DataFrame, targets: pd.DataFrame,  # of all rows, as `prepare_data` and `make_targets` give them
+                    train: slice,   # rows to fit on
+                    test: slice,    # rows to forecast
+                    horizon=1) -> pd.DataFrame:
+    "Log return, probability of a rise and variance for the test rows, from linear models fitted on the training rows."
+    x, y, new = features.iloc[train], targets.iloc[train], features.iloc[test]
+    price = _tuned(Ridge(), [1e2, 1e4, 1e6], "neg_mean_squared_error", horizon).fit(x, y.log_return)
+    direction = _tuned(LogisticRegression(max_iter=1000), [1e-2, 1e-3, 1e-4, 1e-5], "neg_log_loss", horizon).fit(x, y.up)
+    variance = _tuned(Ridge(), [1e0, 1e2, 1e3], "neg_mean_squared_error", horizon).fit(x, y.log_variance)
+    scale = qlike_scale(np.exp(y.log_variance), np.exp(variance.predict(x)))
+    return pd.DataFrame({"log_return": price.predict(new), "up_probability": direction.predict_proba(new)[:, 1],
+                         "variance": scale * np.exp(variance.predict(new))}, index=new.index)
+
 # %% ../nbs/16_evaluation.ipynb #c20171c0
 class FoldScores(NamedTuple):
     "Scores of one fold, or of all folds joined (`number` is then 'all'). Percent for MAPE, shares from 0 to 1 for direction."
@@ -273,11 +320,18 @@ def verdict(test: SkillTest, p_value=None, level=0.05) -> Verdict:
     if worse or test.rows >= test.needed: return Verdict(test.head, "no skill shown", reason)
     return Verdict(test.head, f"too few observations to tell ({test.needed:,} would be needed)", reason)
 
-# %% ../nbs/16_evaluation.ipynb #3598a985
+# %% ../nbs/16_evaluation.ipynb #cdcad44d
+def holm(p_values) -> np.ndarray:
+    "Holm's (1979) p-values for several tests at once; NaN counts as 1."
+    p = np.nan_to_num(np.asarray(p_values, float), nan=1.0)
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(raised, 1.0)[np.argsort(order)]
+
+# %% ../nbs/16_evaluation.ipynb #3cb2524e
 def verdicts(tests: dict, level=0.05) -> dict:
     "A verdict for each head, from Holm-adjusted p-values."
-    raw = [1.0 if math.isnan(t.p_value) else t.p_value for t in tests.values()]
-    adjusted = multipletests(raw, method="holm")[1]
+    adjusted = holm([test.p_value for test in tests.values()])
     return {head: verdict(test, float(p), level) for (head, test), p in zip(tests.items(), adjusted)}
 
 # %% ../nbs/16_evaluation.ipynb #8f202938

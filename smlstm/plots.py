@@ -229,7 +229,7 @@ def _regime_panels(figure, weights, when):
         figure.add_scatter(y=(likeliest == i).astype("int8"), yaxis="y4", fill="tozeroy", fillcolor=f"rgba{(*(int(REGIMES[i % 4][j:j + 2], 16) for j in (1, 3, 5)), 0.25)}", hoverinfo="skip", showlegend=False, **look)
         figure.add_scatter(y=weights[name], yaxis="y2", stackgroup="weights", name=f"regime {i + 1}", hovertemplate="%{y:.0%}", **look)
 
-# %% ../nbs/17_plots.ipynb #ba39e5b0
+# %% ../nbs/17_plots.ipynb #bae4416a
 def interactive_price_regimes(forecasts: pd.DataFrame) -> go.Figure:
     "Plotly figure: close, forecast and interval over the likeliest regime; regime weights; probability of a rise."
     f = known_forecasts(forecasts)
@@ -245,6 +245,6 @@ _INTERACTIVE = dict(
     legend=dict(orientation="h", y=-0.06, yanchor="top", traceorder="normal"),
     xaxis=dict(anchor="y3", gridcolor="#e6e6e6", rangeselector=dict(buttons=[*_STEPS, dict(step="all", label="all")], y=1.01, yanchor="bottom")),
     yaxis4=dict(domain=[0.42, 1], range=[0, 1], visible=False),
-    yaxis=dict(domain=[0.42, 1], title="close (log)", type="log", gridcolor="#e6e6e6", overlaying="y4", tickformat=",d", nticks=12),
+    yaxis=dict(domain=[0.42, 1], title="close (log)", type="log", gridcolor="#e6e6e6", overlaying="y4", tickformat=",d"),
     yaxis2=dict(domain=[0.22, 0.38], title="regimes", range=[0, 1], tickformat=".0%", showgrid=False),
     yaxis3=dict(domain=[0, 0.18], title="P(rise)", tickformat=".0%", gridcolor="#e6e6e6"))
