@@ -42,7 +42,7 @@ class SMLSTMConfig(CellConfig):
         "The part that each cell needs."
         return CellConfig(**{field.name: getattr(self, field.name) for field in fields(CellConfig)})
 
-# %% ../nbs/07_model.ipynb #3d9e3ed8
+# %% ../nbs/07_model.ipynb #6eeaef6c
 class Forecast(NamedTuple):
     "What the model says at each step about the target that lies ahead of it."
     price: Tensor  # [B, T] log return, standardized
@@ -63,7 +63,8 @@ class SMLSTM(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(D)
         self.heads = nn.Linear(D, 3)
-        self.direct = nn.Linear(config.n_features, 3) if config.shortcut else None
+        self.direct = nn.Linear(config.n_features, 3, bias=False) if config.shortcut else None
+        for head in (self.heads, *([self.direct] if config.shortcut else [])): nn.init.zeros_(head.weight)
 
 # %% ../nbs/07_model.ipynb #5247810e
 ModelState = tuple[CellState, ...]  # one for each layer
