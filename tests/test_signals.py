@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from smlstm.signals import (
-    ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
+    SignalState, ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
 )
 
 F64 = torch.float64
@@ -116,6 +116,13 @@ def test_flat_series_are_exactly_flat(value):
     assert (signals.volatility == 0).all() and (signals.trend == 0.5).all() and (signals.agreement == 0).all()
 
 
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60, 2.0**100])
+def test_trend_has_no_unit(scale):
+    x = walk(2, 80, dtype=torch.float32)
+    assert torch.equal(trend_strength(scale * x), trend_strength(x))
+    assert torch.equal(trend_strength(scale * x, rule="letter"), trend_strength(x, rule="letter"))
+
+
 def test_a_trend_is_told_from_noise():
     random = torch.Generator().manual_seed(1)
     noise, follow = torch.randn(50, 400, generator=random), [torch.zeros(50)]
@@ -145,8 +152,8 @@ def test_half_precision_is_computed_in_float32():
 
 
 class Streaming(torch.nn.Module):
-    def forward(self, x, *state):
-        signals, state = market_signals(x, 10, state=initial_signal_state(1)._make(state))
+    def forward(self, x, window, count, volatility_sum, fast, slow):
+        signals, state = market_signals(x, 10, state=SignalState(window, count, volatility_sum, fast, slow))
         return (*signals, *state)
 
 
@@ -157,7 +164,7 @@ def streaming_inputs(B, T=30):
 
 def test_one_graph_with_a_dynamic_batch_and_no_float64():
     batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(Streaming(), streaming_inputs(3), dynamic_shapes=(batch, (batch,) * 5))
+    program = torch.export.export(Streaming(), streaming_inputs(3), dynamic_shapes=(batch,) * 6)
     for B in (1, 6):
         for got, wanted in zip(program.module()(*streaming_inputs(B)), Streaming()(*streaming_inputs(B))):
             torch.testing.assert_close(got, wanted)

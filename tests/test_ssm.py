@@ -79,6 +79,23 @@ def test_gradients_of_one_step(method, lam):
     assert torch.autograd.gradcheck(lambda lam, dt: tuple(discretize(lam, dt, method)), arguments)
 
 
+def test_bilinear_is_the_specifications():
+    lam, dt = -3 * torch.rand(50, dtype=F64), torch.rand(50, dtype=F64)
+    a, b = discretize(lam, dt, "bilinear")
+    torch.testing.assert_close(a, (2 + dt * lam) / (2 - dt * lam), atol=1e-14, rtol=0)
+    torch.testing.assert_close(b, dt * (1 + a) / 2, atol=1e-14, rtol=0)
+
+
+@METHODS
+def test_coefficients_are_the_discretization(method):
+    ssm = StructuredStateSpace(5, method).double()
+    volatility, trend = 4 * torch.rand(2, 30, dtype=F64), 0.5 + torch.rand(2, 30, dtype=F64) / 2
+    a, b = discretize(ssm.lam, ssm.step_size(volatility, trend).unsqueeze(-1), method)
+    coefficients = ssm.coefficients(volatility, trend)
+    torch.testing.assert_close(coefficients.log_decay.exp(), a, atol=1e-13, rtol=0)
+    torch.testing.assert_close(coefficients.inject, ssm.b * b, atol=1e-13, rtol=0)
+
+
 def test_discretize_broadcasts():
     a, b = discretize(-torch.rand(4), torch.rand(2, 7, 1), "bilinear")
     assert a.shape == b.shape == (2, 7, 4)
@@ -100,6 +117,16 @@ def test_stable_whatever_is_learned(method, push, volatility, trend, dt_max):
     y, state = ssm(torch.randn(1, 4, 2), *signals)
     y.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in ssm.parameters())
+
+
+@METHODS
+@pytest.mark.parametrize("push", [-300.0, 300.0])
+def test_stable_in_bfloat16(method, push):
+    ssm = StructuredStateSpace(3, method).bfloat16()
+    for p in (ssm.rate, ssm.clock.weights):
+        p.data.fill_(push)
+    coefficients = ssm.coefficients(*(torch.linspace(low, 3, 50, dtype=torch.bfloat16)[None] for low in (0, 0.5)))
+    assert coefficients.log_decay.isfinite().all() and (coefficients.log_decay <= 0).all()
 
 
 def test_the_start():
