@@ -6,7 +6,9 @@
 __all__ = ['FORECAST_COLUMNS', 'MATERIAL', 'CausalityReport', 'CausalityError', 'audit_causality', 'known_forecasts',
            'ewma_variance', 'walk_forward', 'linear_forecast', 'FoldScores', 'evaluate_fold', 'SkillTest',
            'direction_test', 'loss_difference_test', 'skill_tests', 'Verdict', 'verdict', 'holm', 'verdicts',
-           'evaluate']
+           'evaluate', 'har_variance', 'garch_variance', 'add_baselines', 'contenders', 'confidence_set',
+           'comparison_table', 'conformal_intervals', 'interval_coverage', 'Illustration', 'illustrate',
+           'deflated_sharpe']
 
 # %% ../nbs/16_evaluation.ipynb #fb1bc059
 import math
@@ -334,7 +336,7 @@ def verdicts(tests: dict, level=0.05) -> dict:
     adjusted = holm([test.p_value for test in tests.values()])
     return {head: verdict(test, float(p), level) for (head, test), p in zip(tests.items(), adjusted)}
 
-# %% ../nbs/16_evaluation.ipynb #8f202938
+# %% ../nbs/16_evaluation.ipynb #95cdf61a
 def evaluate(forecasts: pd.DataFrame,  # a forecast frame
              horizon=1,                # bars ahead
              ) -> dict:
@@ -344,4 +346,192 @@ def evaluate(forecasts: pd.DataFrame,  # a forecast frame
     plain = lambda t: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in t._asdict().items()}
     overall = evaluate_fold(f)._asdict() | {"tests": {h: plain(t) for h, t in tests.items()},
                                             "verdicts": {h: v._asdict() for h, v in verdicts(tests).items()}}
+    if "lower_close" in f: overall["coverage"] = interval_coverage(f).loc["all"].to_dict()
     return {"folds": [evaluate_fold(part)._asdict() for _, part in f.groupby("fold")], "overall": overall}
+
+# %% ../nbs/16_evaluation.ipynb #9422ba06
+def _variance_ahead(proxy, horizon): return proxy.rolling(horizon).mean().shift(-horizon)
+
+def _rescaled(forecast, ahead, train):
+    "The forecast times the factor that is best by QLIKE on the training rows, so that all contenders are scored on the same measure."
+    told, came = forecast.iloc[train], ahead.iloc[train]
+    both = told.notna() & came.notna()
+    return forecast * qlike_scale(came[both], told[both])
+
+def har_variance(proxy: pd.Series,  # measured variance of each bar
+                 train: slice,      # rows to fit on
+                 horizon=1, log=False) -> pd.Series:
+    "Corsi's heterogeneous autoregression, in levels or in logs, fitted on the training rows; a forecast for every row from the 22nd on."
+    ahead, transform = _variance_ahead(proxy, horizon), np.log if log else (lambda v: v)
+    x = add_constant(pd.DataFrame({n: transform(proxy.rolling(n).mean()) for n in (1, 5, 22)}))
+    rows = x.iloc[train].notna().all(axis=1) & ahead.iloc[train].notna()
+    fit = OLS(transform(ahead.iloc[train][rows]), x.iloc[train][rows]).fit()
+    forecast = np.exp(fit.predict(x)) if log else fit.predict(x).clip(lower=ahead.iloc[train].min())
+    return _rescaled(forecast, ahead, train)
+
+# %% ../nbs/16_evaluation.ipynb #4a50c4ec
+def garch_variance(close: pd.Series, proxy: pd.Series,  # of all bars
+                   train: slice,      # rows to fit on
+                   horizon=1,
+                   asymmetric=False,  # GJR: falls and rises act differently
+                   ) -> pd.Series:
+    "GARCH(1,1) or GJR-GARCH(1,1,1) with Student's t errors, fitted on the training rows; a forecast for every row from there on."
+    r = 100 * np.log(close).diff().dropna()
+    skip = len(close) - len(r)
+    model = arch_model(r, mean="Constant", p=1, o=int(asymmetric), q=1, dist="t")
+    fit = model.fit(first_obs=max(train.start - skip, 0), last_obs=train.stop - skip, disp="off", show_warning=False)
+    forecast = fit.forecast(horizon=horizon, start=max(train.start - skip, 0), reindex=False).variance.mean(axis=1) / 1e4
+    return _rescaled(forecast.reindex(close.index), _variance_ahead(proxy, horizon), train)
+
+# %% ../nbs/16_evaluation.ipynb #b89ab295
+def add_baselines(forecasts: pd.DataFrame,  # a forecast frame
+                  prices: pd.DataFrame,     # the price frame it was made from
+                  features=None,            # `prepare_data(prices)`, for the linear models; None leaves them out
+                  horizon=1,                # bars ahead
+                  ) -> pd.DataFrame:
+    "The frame with contenders' columns: drift, AR, linear; share of rises; constant, HAR, log-HAR, GARCH, GJR variance."
+    rows = prices.index.get_indexer(_stamps(forecasts.date, prices.index))
+    if (rows < 0).any(): raise ValueError(f"{forecasts.date.iloc[np.argmax(rows < 0)]} is not among the prices: give the frame the forecasts were made from")
+    parts = []
+    for _, fold in forecasts.assign(_row=rows).groupby("fold", sort=False):
+        columns = _fold_baselines(prices, features, slice(0, fold._row.iloc[0] - horizon), horizon)
+        parts.append(columns.iloc[fold._row].set_axis(fold.index))
+    return pd.concat([forecasts, pd.concat(parts)], axis=1)
+
+def _stamps(dates, index): return pd.DatetimeIndex(pd.to_datetime(dates, utc=index.tz is not None))
+
+# %% ../nbs/16_evaluation.ipynb #af1cc4e4
+def _fold_baselines(prices, features, train, horizon):
+    "Every contender's forecast at every bar, fitted on the training rows."
+    close, proxy, targets = prices.close, variance_proxy(prices), make_targets(prices, horizon)
+    known, at = targets.iloc[train], lambda log_return: close * np.exp(log_return)
+    out = {"drift_close": at(known.log_return.mean()), "ar_close": at(_autoregression(close, train, horizon)),
+           "share_probability": pd.Series(known.up.mean(), close.index),
+           "constant_variance": pd.Series(np.exp(known.log_variance).mean(), close.index),
+           "har_variance": har_variance(proxy, train, horizon), "log_har_variance": har_variance(proxy, train, horizon, log=True),
+           "garch_variance": garch_variance(close, proxy, train, horizon), "gjr_variance": garch_variance(close, proxy, train, horizon, asymmetric=True)}
+    if features is not None:
+        first = close.index.get_loc(features.index[0])
+        linear = linear_forecast(features, targets.loc[features.index], slice(0, train.stop - first), slice(0, len(features)), horizon)
+        out |= {"linear_close": at(linear.log_return), "linear_probability": linear.up_probability, "linear_variance": linear.variance}
+    return pd.DataFrame(out, index=close.index)
+
+def _autoregression(close, train, horizon, lags=5):
+    "Log return over the horizon by least squares on the last returns."
+    r = np.log(close).diff()
+    x = add_constant(pd.DataFrame({k: r.shift(k) for k in range(lags)}))
+    y = np.log(close.shift(-horizon) / close).iloc[train]
+    rows = x.iloc[train].notna().all(axis=1) & y.notna()
+    return OLS(y[rows], x.iloc[train][rows]).fit().predict(x)
+
+# %% ../nbs/16_evaluation.ipynb #ef532a7a
+def contenders(forecasts: pd.DataFrame, head: str) -> dict:
+    "Forecasts of one head by contender, the model's first: columns of the frame by their ending."
+    f, ending = known_forecasts(forecasts), {"price": "close", "direction": "probability", "volatility": "variance"}[head]
+    own = {"price": "forecast_close", "direction": "up_probability", "volatility": "forecast_variance"}[head]
+    aside = {own, *(f"{word}_{ending}" for word in ("actual", "lower", "upper"))}
+    others = {c[:-len(ending) - 1]: f[c] for c in f if c.endswith(f"_{ending}") and c not in aside}
+    naive = {"price": {"persistence": f.close}, "direction": {"always up": pd.Series(1.0, f.index)}, "volatility": {}}[head]
+    return {"model": f[own]} | naive | others
+
+def confidence_set(losses: pd.DataFrame,  # a column for each contender
+                   level=0.9, reps=500, seed=0) -> pd.Series:
+    "Model confidence set p-value of each contender; those above 1 - level are in the set."
+    mcs = MCS(losses, size=1 - level, reps=reps, seed=seed)
+    mcs.compute()
+    return mcs.pvalues["Pvalue"].reindex(losses.columns)
+
+# %% ../nbs/16_evaluation.ipynb #c23e128a
+def comparison_table(forecasts: pd.DataFrame,  # a forecast frame, with contenders' columns where there are some
+                     head: str,                # "price", "direction" or "volatility"
+                     horizon=1) -> pd.DataFrame:
+    "A row for each contender: score, share of its loss that the model saves, p-value of that, and whether it is in the 90% confidence set."
+    f, by = known_forecasts(forecasts), contenders(forecasts, head)
+    actual = {"price": f.actual_close, "direction": f.actual_up, "volatility": f.actual_variance}[head]
+    loss = {"price": lambda p: 100 * np.abs((actual - p) / actual), "direction": lambda p: (p - actual) ** 2, "volatility": lambda p: qlike_loss(actual, p)}[head]
+    losses = pd.DataFrame({name: np.asarray(loss(p), float) for name, p in by.items()})
+    table = pd.DataFrame({{"price": "MAPE, %", "direction": "Brier", "volatility": "QLIKE"}[head]: losses.mean()})
+    if head == "direction": table["hits"] = [hit_rate(actual, p) for p in by.values()]
+    saved = {name: _mean_test(losses[name] - losses["model"], horizon) for name in by if name != "model"}
+    table["model saves"] = [np.nan] + [losses[name].sub(losses["model"]).mean() / losses[name].mean() for name in saved]
+    table["p-value"] = [np.nan, *saved.values()]
+    return table.assign(**{"in 90% set": confidence_set(losses) > 0.1}).rename_axis(head)
+
+def _mean_test(difference, horizon):
+    "Two-sided Diebold-Mariano p-value of a difference of losses."
+    if np.ptp(difference) == 0: return math.nan
+    zero = np.zeros(len(difference))
+    return diebold_mariano_test(zero, difference, zero, criterion=lambda y, f: np.asarray(f), harvey_adj=True, horizon=horizon).pvalue
+
+# %% ../nbs/16_evaluation.ipynb #3e6f4437
+def _past_quantile(scores, level, window, minimum, horizon):
+    "For each row, the conformal quantile of the scores known by then: the last `window`, none younger than `horizon` rows."
+    out = np.full(len(scores), np.nan)
+    for row in range(horizon, len(scores)):
+        past = scores[max(row - horizon + 1 - window, 0):row - horizon + 1]
+        past = past[~np.isnan(past)]
+        rank = math.ceil((len(past) + 1) * level)                   # the finite-sample rank of split-conformal prediction
+        if len(past) >= minimum and rank <= len(past): out[row] = np.partition(past, rank - 1)[rank - 1]
+    return out
+
+# %% ../nbs/16_evaluation.ipynb #c72e2bde
+def conformal_intervals(forecasts: pd.DataFrame,  # a forecast frame; rows that wait for their outcome get an interval too
+                        level=0.9,    # nominal coverage
+                        window=500,   # past errors that count
+                        minimum=100,  # errors needed for a first interval; rows before it have none
+                        horizon=1) -> pd.DataFrame:
+    "The frame with `lower_close`, `upper_close`, `lower_variance` and `upper_variance`."
+    f, sigma = forecasts, np.sqrt(forecasts.forecast_variance)
+    past = lambda scores, level: _past_quantile(np.asarray(scores, float), level, window, minimum, horizon)
+    width = past(np.abs(np.log(f.actual_close / f.forecast_close)) / sigma, level) * sigma
+    ratio = np.log(f.actual_variance / f.forecast_variance)
+    below, above = past(-ratio, (1 + level) / 2), past(ratio, (1 + level) / 2)
+    return f.assign(lower_close=f.forecast_close * np.exp(-width), upper_close=f.forecast_close * np.exp(width),
+                    lower_variance=f.forecast_variance * np.exp(-below), upper_variance=f.forecast_variance * np.exp(above))
+
+def interval_coverage(forecasts: pd.DataFrame) -> pd.DataFrame:
+    "Share of outcomes inside their interval, for each fold and for all rows; rows without an interval do not count."
+    f = known_forecasts(forecasts)
+    inside = pd.DataFrame({"close": f.actual_close.between(f.lower_close, f.upper_close), "variance": f.actual_variance.between(f.lower_variance, f.upper_variance)})
+    inside = inside[f.lower_close.notna()].astype(float)
+    folds = inside.groupby(f.fold).agg(["mean"]).droplevel(1, axis=1).assign(rows=inside.groupby(f.fold).size())
+    return pd.concat([folds, pd.DataFrame([[*inside.mean(), len(inside)]], ["all"], folds.columns)]).rename_axis("fold")
+
+# %% ../nbs/16_evaluation.ipynb #67dcdcf5
+class Illustration(NamedTuple):
+    "Outcome of a position rule; `frame` has position, return after costs and wealth for each row."
+    annual_return: float
+    annual_volatility: float
+    sharpe: float
+    deflated_sharpe: float
+    turnover: float
+    max_drawdown: float
+    frame: pd.DataFrame
+
+def illustrate(forecasts: pd.DataFrame,  # forecasts one bar ahead
+               cost=0.0005,        # share of the traded amount lost at each change of position
+               margin=0.0,         # distance of the probability from one half that moves the position
+               short=False,        # sell short below one half, else stay out
+               trials=1,           # how many rules were tried before this one
+               bars_per_year=252) -> Illustration:
+    "Trade the direction probability by a simple rule, with costs; `turnover` is in full positions a year."
+    f = known_forecasts(forecasts)
+    edge = f.up_probability.to_numpy() - 0.5
+    position = (edge > margin).astype(float) - (edge < -margin) * float(short)
+    traded = np.abs(np.diff(position, prepend=0.0))
+    earned = position * (f.actual_close / f.close - 1).to_numpy() - cost * traded
+    wealth = np.cumprod(1 + earned)
+    mean, deviation = earned.mean() * bars_per_year, earned.std(ddof=1) * math.sqrt(bars_per_year)
+    frame = pd.DataFrame({"position": position, "return": earned, "wealth": wealth}, index=pd.to_datetime(f.target_date))
+    return Illustration(mean, deviation, mean / deviation if deviation else 0.0, deflated_sharpe(earned, trials), traded.mean() * bars_per_year,
+                        float((1 - wealth / np.maximum.accumulate(np.maximum(wealth, 1))).max()), frame)
+
+# %% ../nbs/16_evaluation.ipynb #546f479c
+def deflated_sharpe(returns, trials=1) -> float:
+    "Probability that the true Sharpe ratio beats the best of `trials` worthless rules."
+    r = np.asarray(returns, float)
+    if r.std() == 0: return math.nan
+    ratio, root = r.mean() / r.std(ddof=1), math.sqrt(len(r) - 1)
+    luck = 0.0 if trials == 1 else (1 - np.euler_gamma) * stats.norm.ppf(1 - 1 / trials) + np.euler_gamma * stats.norm.ppf(1 - 1 / (trials * math.e))
+    spread = math.sqrt(1 - stats.skew(r) * ratio + (stats.kurtosis(r, fisher=False) - 1) / 4 * ratio ** 2)
+    return float(stats.norm.cdf((ratio - luck / root) * root / spread))
