@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CellConfig', 'ParallelSMLSTMCell', 'Projected', 'CellState', 'CellOutput']
 
-# %% ../nbs/06_cell.ipynb #6695ce98
+# %% ../nbs/06_cell.ipynb #3d954aac
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -15,21 +15,22 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .memory import at_least_float32
-from .mixing import MixedState, Mixing, mixed_chunkwise, mixed_recurrent
+from .mixing import MixedState, Mixing, RowNetwork, mixed_chunkwise, mixed_recurrent
 from .signals import Signals, SignalState, market_signals
 from .ssm import StructuredStateSpace
 from .stabilization import soft_cap, stabilize_gates
 
-# %% ../nbs/06_cell.ipynb #2fa19d89
+# %% ../nbs/06_cell.ipynb #53c1d9a7
 @dataclass(frozen=True)
 class CellConfig:
     "Sizes and choices of one cell. Raises `ValueError` for values that do not fit together."
-    hidden_size: int = 64  # width of input and output
-    n_heads: int = 4
+    hidden_size: int = 32  # width of input and output
+    n_heads: int = 2
     n_regimes: int = 4
     d_state: int = 4  # states of the state space; 0 leaves it out
-    left: Optional[str] = "diagonal"  # processors on the value side: "full", "diagonal" or None
-    right: Optional[str] = None  # processors on the key side
+    processor: str = "bilinear"  # or "mlp": networks on the rows of the memory, much slower
+    left: Optional[str] = "diagonal"  # bilinear processors on the value side: "full", "diagonal" or None
+    right: Optional[str] = None  # and on the key side
     trend: bool = True  # trend persistence
     input_gate: str = "exponential"  # or "sigmoid"
     gate_cap: float = 15.0  # bound of the exponential input gate's logarithm
@@ -45,9 +46,10 @@ class CellConfig:
         if self.d_state < 0: raise ValueError(f"d_state={self.d_state}: must be at least 0")
         for name in ("left", "right"):
             if getattr(self, name) not in ("full", "diagonal", None): raise ValueError(f'{name}={getattr(self, name)!r}: use "full", "diagonal" or None')
+        if self.processor not in ("bilinear", "mlp"): raise ValueError(f'processor={self.processor!r}: use "bilinear" or "mlp"')
         if self.input_gate not in ("exponential", "sigmoid"): raise ValueError(f'input_gate={self.input_gate!r}: use "exponential" or "sigmoid"')
 
-# %% ../nbs/06_cell.ipynb #797fbdae
+# %% ../nbs/06_cell.ipynb #a9072c6b
 class ParallelSMLSTMCell(nn.Module):
     "Scalar-Matrix LSTM cell: `parallel_forward` for sequences, `step` for streams."
 
@@ -61,19 +63,26 @@ class ParallelSMLSTMCell(nn.Module):
         self.project = nn.Linear(D, 4 * D + 2 * H)  # q, k, v, o; i, f
         self.listen = nn.Linear(D, 1)
         self.regimes = nn.Linear(D + len(Signals._fields), R)
-        self.left, self.right = self.processor(config.left), self.processor(config.right)
+        bilinear = config.processor == "bilinear"
+        self.left, self.right = (self.sides(kind) if bilinear else None for kind in (config.left, config.right))
+        self.inner, self.outer = (None, None) if bilinear else self.networks()
         self.state_space = StructuredStateSpace(config.d_state, config.ssm_method) if config.d_state else None
         self.persistence = nn.Parameter(torch.zeros(())) if config.trend else None
         with torch.no_grad():
             self.project.bias.zero_()
             self.project.bias[-H:] = torch.linspace(3.0, 6.0, H)
 
-    def processor(self, kind: Optional[str]) -> Optional[nn.Parameter]:
-        "A family of R processors for each head, near the identity: [H, R, d, d], [H, R, d] or None."
+    def sides(self, kind: Optional[str]) -> Optional[nn.Parameter]:
+        "One side of the bilinear processors, near the identity: [H, R, d, d], [H, R, d] or None."
         if kind is None: return None
         H, R, d = self.config.n_heads, self.config.n_regimes, self.head_size
         identity = torch.eye(d) if kind == "full" else torch.ones(d)
         return nn.Parameter(identity + 0.02 * torch.randn(H, R, *identity.shape))
+
+    def networks(self) -> tuple[nn.Parameter, nn.Parameter]:
+        "Inner and outer weights of the row networks, [H, R, d, d] both; the outer ones start small."
+        shape, d = (self.config.n_heads, self.config.n_regimes, self.head_size, self.head_size), self.head_size
+        return nn.Parameter(torch.randn(shape) / d**0.5), nn.Parameter(0.02 * torch.randn(shape))
 
 # %% ../nbs/06_cell.ipynb #598d244e
 class Projected(NamedTuple):
@@ -96,7 +105,7 @@ def projected(self: ParallelSMLSTMCell, x: Tensor) -> Projected:
     log_i = soft_cap(i, self.config.gate_cap) if self.config.input_gate == "exponential" else F.logsigmoid(i)
     return Projected(q, k / d**0.5, v, torch.sigmoid(o), log_i, F.logsigmoid(f))
 
-# %% ../nbs/06_cell.ipynb #63383479
+# %% ../nbs/06_cell.ipynb #c6596b64
 @patch
 def mixing(self: ParallelSMLSTMCell, x: Tensor, signals: Signals) -> Mixing:
     "Coefficients of the mixing for a normalized input [B, T, D]."
@@ -109,7 +118,8 @@ def mixing(self: ParallelSMLSTMCell, x: Tensor, signals: Signals) -> Mixing:
         coefficients = self.state_space.coefficients(signals.volatility, signals.trend)
     off = self.persistence is None
     persistence = torch.zeros_like(signals.trend) if off else torch.sigmoid(self.persistence) * signals.trend
-    return Mixing(regime, self.left, self.right, *coefficients, persistence)
+    network = None if self.inner is None else RowNetwork(self.inner, self.outer)
+    return Mixing(regime, self.left, self.right, *coefficients, persistence, network)
 
 # %% ../nbs/06_cell.ipynb #5c68b3ef
 @patch

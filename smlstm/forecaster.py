@@ -155,13 +155,13 @@ class Forecaster:
     pos_weight: float
     origin: dict  # where the training prices came from, as JSON
 
-# %% ../nbs/18_forecaster.ipynb #4c0cf0c3
+# %% ../nbs/18_forecaster.ipynb #8684c6ae
 def fit_forecaster(
     table: Table,
     train: slice,  # rows to fit on; none after them has any influence
     model: dict = {},  # fields of `SMLSTMConfig`, without n_features
     windows: WindowConfig = WindowConfig(),
-    training: TrainConfig = TrainConfig(),
+    training: TrainConfig = TrainConfig(learning_rate=0.003),
     device: str = "auto",
     origin: Optional[dict] = None,
     **fit_options,  # passed on to `fit`: checkpoint_dir, resume, progress
