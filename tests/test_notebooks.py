@@ -92,6 +92,13 @@ def test_uphill_imports_are_found():
     assert [uphill(3, [source], numbers) for source in climbing] == [{"mixing"}, {"mixing"}, {"mixing"}, set()]
 
 
+@every
+def test_leaves_torch_as_it_was(path):
+    "nbdev_test runs several notebooks in one process: a default that one leaves behind is what the next one starts with."
+    set_to = re.findall(r"torch\.set_default_dtype\(([\w.]+)\)", "\n".join(cells(path)))
+    assert not set_to or set_to[-1] in ("torch.float32", "torch.float"), "end with a hidden cell: torch.set_default_dtype(torch.float32)"
+
+
 def test_train_has_typed_commented_parameters():
     path = ROOT / "nbs" / "train.ipynb"
     if not path.exists():
