@@ -327,7 +327,7 @@ def _read_file(path: Path, interval: str) -> pd.DataFrame:
     frame.index = _read_dates(raw[column], interval, path.name).rename("date")
     return frame
 
-# %% ../nbs/10_fetch.ipynb #32a02dec
+# %% ../nbs/10_fetch.ipynb #c07104cb
 @functools.lru_cache(maxsize=1)
 def _session():
     "One HTTP session for all threads, yfinance's own kind, which notes how long a rate limit asks to wait."
@@ -347,10 +347,13 @@ _asked_to_wait = threading.local()
 def yahoo_reachable(
     timeout: float = 4.0,            # seconds
 ) -> bool:
-    "Whether anything answers at Yahoo's address; proxies of the environment are used."
+    "Whether anything answers at Yahoo's address; the proxies of the environment and of yfinance are used."
     import yfinance as yf
+    session, proxy = _session(), yf.config.network.proxy
+    if proxy is not None:
+        session.proxies = {"http": proxy, "https": proxy} if isinstance(proxy, str) else proxy
     try:
-        _session().get(yf.base._BASE_URL_, timeout=timeout)
+        session.get(yf.base._BASE_URL_, timeout=timeout)
         return True
     except Exception:                                                   # any failure to get an answer is the answer
         return False
@@ -381,20 +384,33 @@ def _exceptions_shown(yf):
             if len(_asking) == 1:
                 config.hide_exceptions = _asking.pop()
 
-# %% ../nbs/10_fetch.ipynb #c60828ff
-_META = ("exchangeTimezoneName", "instrumentType", "longName", "shortName", "firstTradeDate", "regularMarketTime", "currentTradingPeriod")
+# %% ../nbs/10_fetch.ipynb #d6f41c70
+_META = ("exchangeTimezoneName", "instrumentType", "longName", "shortName")
 
+def _described(said) -> dict:
+    "The part of Yahoo's description that is used; moments as timestamps at the exchange, None where Yahoo does not say."
+    zone = said.get("exchangeTimezoneName") or "UTC"
+
+    def moment(value) -> "pd.Timestamp | None":
+        if value is None or isinstance(value, pd.Timestamp):
+            return value
+        return pd.Timestamp(int(value), unit="s", tz="UTC").tz_convert(zone)
+
+    regular = (said.get("currentTradingPeriod") or {}).get("regular") or {}
+    times = {"born": said.get("firstTradeDate"), "traded": said.get("regularMarketTime"), "opens": regular.get("start"), "closes": regular.get("end")}
+    return {name: said.get(name) for name in _META} | {name: moment(value) for name, value in times.items()}
+
+# %% ../nbs/10_fetch.ipynb #e9ed2cf1
 def _last_settled(meta: dict, interval: str, now: pd.Timestamp) -> pd.Timestamp:
     "The label of the last bar that can be complete at `now` (UTC)."
     if interval != "1d":
         return now - INTERVALS[interval].length
-    regular = (meta.get("currentTradingPeriod") or {}).get("regular") or {}
-    start, end = regular.get("start"), regular.get("end")
-    if isinstance(start, pd.Timestamp) and isinstance(end, pd.Timestamp) and now < end:
-        return start.tz_localize(None).normalize() - pd.Timedelta(days=1)
+    opens, closes = meta.get("opens"), meta.get("closes")
+    if opens is not None and closes is not None and now < closes:
+        return opens.tz_localize(None).normalize() - pd.Timedelta(days=1)
     return now.tz_localize(None).normalize() + pd.Timedelta(days=1)
 
-# %% ../nbs/10_fetch.ipynb #326ac19a
+# %% ../nbs/10_fetch.ipynb #cb8ab295
 def _ask(ticker: str, first: pd.Timestamp, last: pd.Timestamp, interval: str, timeout: float = 30.0) -> Answer:
     "One request for [first, last). Raises whatever yfinance does."
     import yfinance as yf
@@ -405,8 +421,8 @@ def _ask(ticker: str, first: pd.Timestamp, last: pd.Timestamp, interval: str, ti
     a, b = ((t.tz_localize("UTC") if t.tzinfo is None else t).to_pydatetime() for t in (first - spare, last + spare))
     with _exceptions_shown(yf):
         raw = asset.history(start=a, end=b, interval=interval, auto_adjust=True, keepna=True, actions=False, timeout=timeout)
-        meta = {name: asset.history_metadata.get(name) for name in _META}
-    frame = _tidy(raw, "Yahoo's answer")
+        said = getattr(asset._price_history, "_history_metadata", None) or asset.history_metadata      # the latter may ask again
+    frame, meta = _tidy(raw, "Yahoo's answer"), _described(said)
     frame.index = (frame.index.tz_localize(None).normalize() if interval == "1d" else frame.index.tz_convert("UTC")).as_unit("ns")
     return Answer(_cut(frame[frame.index <= _last_settled(meta, interval, _now())], first, last), meta)
 
@@ -459,11 +475,11 @@ def exchange_calendar(
     except (exchange_calendars.errors.InvalidCalendarName, ValueError) as error:
         raise InvalidRequest(f"no calendar for the exchange {exchange!r} from {year}: {error}") from None
 
-# %% ../nbs/10_fetch.ipynb #d3a17986
+# %% ../nbs/10_fetch.ipynb #7d9e155a
 def _sessions(meta: dict, first: pd.Timestamp, last: pd.Timestamp) -> "pd.DatetimeIndex | None":
     "Sessions strictly inside [first, last) and the symbol's life, or None where no calendar applies."
     exchange = _CALENDARS.get(meta.get("exchangeTimezoneName"))
-    born, traded = (pd.Timestamp(meta[k]) if meta.get(k) is not None else None for k in ("firstTradeDate", "regularMarketTime"))
+    born, traded = meta.get("born"), meta.get("traded")
     if exchange is None or meta.get("instrumentType") not in ("EQUITY", "ETF", "INDEX", "MUTUALFUND") or born is None or traded is None:
         return None
     a = max(first.tz_localize(None), born.tz_localize(None)).normalize()
@@ -521,7 +537,7 @@ def _nothing(like: pd.Timestamp) -> pd.DataFrame:
     "A price frame without rows, in the time zone of `like`."
     return pd.DataFrame(columns=COLUMNS, index=pd.DatetimeIndex([], tz=like.tz, name="date"), dtype=float)
 
-# %% ../nbs/10_fetch.ipynb #0a89f7c6
+# %% ../nbs/10_fetch.ipynb #b44d7918
 def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, stop: threading.Event) -> Answer:
     "A trusted answer for [first, last), or one clear exception."
     doubted: list = []
@@ -532,7 +548,8 @@ def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, 
             answer = _ask(ticker, first, last, interval)
         except Exception as error:
             failure = _translate(error, ticker, first, last, interval)
-            if type(failure) is not TransientFailure or "no price data found" not in str(error):
+            silent = isinstance(error, IndexError) or "no price data found" in str(error)        # an answer with nothing in it
+            if type(failure) is not TransientFailure or not silent:
                 raise failure from error
             answer = Answer(_nothing(first), {})
         doubts = _doubts(answer, first, last)
@@ -636,7 +653,7 @@ def _read(path: Path) -> "Stored | None":
     tqdm.write(f"{path.name} is damaged ({damage}): set aside, will be fetched again")
     return None
 
-# %% ../nbs/10_fetch.ipynb #866d772b
+# %% ../nbs/10_fetch.ipynb #3ac707da
 def _chunk(ticker, first, last, interval, retries, delay, stop, folder: Path) -> Answer:
     "One chunk from disk, or from Yahoo and then on disk."
     path = folder / f"{first:%Y%m%d%H%M}_{last:%Y%m%d%H%M}.parquet"
@@ -652,10 +669,10 @@ def _chunk(ticker, first, last, interval, retries, delay, stop, folder: Path) ->
 
 def _meta_note(meta: dict) -> dict:
     "What is worth keeping of Yahoo's description, as JSON."
-    return {k: (str(v) if isinstance(v, pd.Timestamp) else v) for k, v in meta.items() if k != "currentTradingPeriod"}
+    return {k: (str(v) if isinstance(v, pd.Timestamp) else v) for k, v in meta.items() if k not in ("opens", "closes")}
 
 def _meta_from(note: dict) -> dict:
-    return {k: (pd.Timestamp(v) if k in ("firstTradeDate", "regularMarketTime") and v is not None else v) for k, v in note.items()}
+    return {k: (pd.Timestamp(v) if k in ("born", "traded") and v is not None else v) for k, v in note.items()}
 
 # %% ../nbs/10_fetch.ipynb #03da54fe
 def _download(ticker, first, last, interval, folder: Path, max_workers: int, retries: int, delay: float) -> Answer:

@@ -133,7 +133,7 @@ def test_a_symbol_yahoo_never_had(yahoo, tmp_path):
 def test_empty_twice_is_no_prices(yahoo):
     yahoo.fault = lambda asked: "empty"
     with pytest.raises(NoPrices):
-        safe_fetch("SPY", START, END, **FAST)
+        safe_fetch("SPY", START, END, retries=4, **FAST)
     assert len(yahoo.log) == 2
 
 
