@@ -463,26 +463,29 @@ def _mean_test(difference, horizon):
     zero = np.zeros(len(difference))
     return diebold_mariano_test(zero, difference, zero, criterion=lambda y, f: np.asarray(f), harvey_adj=True, horizon=horizon).pvalue
 
-# %% ../nbs/16_evaluation.ipynb #3e6f4437
-def _past_quantile(scores, level, window, minimum, horizon):
-    "For each row, the conformal quantile of the scores known by then: the last `window`, none younger than `horizon` rows."
-    out = np.full(len(scores), np.nan)
+# %% ../nbs/16_evaluation.ipynb #3fb1ee27
+def _past_quantile(scores, level, window, minimum, horizon, rate):
+    "For each row, the adaptive conformal quantile of the scores known by then: the last `window`, none younger than `horizon` rows."
+    out, miss = np.full(len(scores), np.nan), 1 - level
     for row in range(horizon, len(scores)):
-        past = scores[max(row - horizon + 1 - window, 0):row - horizon + 1]
+        seen = row - horizon                                        # the youngest row whose outcome is known
+        if not np.isnan(out[seen]): miss += rate * (1 - level - (scores[seen] > out[seen]))
+        past = scores[max(seen + 1 - window, 0):seen + 1]
         past = past[~np.isnan(past)]
-        rank = math.ceil((len(past) + 1) * level)                   # the finite-sample rank of split-conformal prediction
-        if len(past) >= minimum and rank <= len(past): out[row] = np.partition(past, rank - 1)[rank - 1]
+        rank = min(max(math.ceil((len(past) + 1) * (1 - miss)), 1), len(past))
+        if len(past) >= minimum: out[row] = np.partition(past, rank - 1)[rank - 1]
     return out
 
-# %% ../nbs/16_evaluation.ipynb #c72e2bde
+# %% ../nbs/16_evaluation.ipynb #e4e7816a
 def conformal_intervals(forecasts: pd.DataFrame,  # a forecast frame; rows that wait for their outcome get an interval too
                         level=0.9,    # nominal coverage
-                        window=500,   # past errors that count
+                        window=250,   # past errors that count
                         minimum=100,  # errors needed for a first interval; rows before it have none
+                        rate=0.01,    # how fast the width follows misses; 0 for plain split-conformal
                         horizon=1) -> pd.DataFrame:
     "The frame with `lower_close`, `upper_close`, `lower_variance` and `upper_variance`."
     f, sigma = forecasts, np.sqrt(forecasts.forecast_variance)
-    past = lambda scores, level: _past_quantile(np.asarray(scores, float), level, window, minimum, horizon)
+    past = lambda scores, level: _past_quantile(np.asarray(scores, float), level, window, minimum, horizon, rate)
     width = past(np.abs(np.log(f.actual_close / f.forecast_close)) / sigma, level) * sigma
     ratio = np.log(f.actual_variance / f.forecast_variance)
     below, above = past(-ratio, (1 + level) / 2), past(ratio, (1 + level) / 2)
