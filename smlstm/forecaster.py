@@ -202,12 +202,12 @@ def forecast(self: Forecaster, table: Table) -> pd.DataFrame:
     regimes = pd.DataFrame(heads.regimes, columns=[f"regime_{r + 1}" for r in range(heads.regimes.shape[1])])
     return pd.concat([frame, regimes], axis=1)
 
-# %% ../nbs/18_forecaster.ipynb #69b7e02a
+# %% ../nbs/18_forecaster.ipynb #033c4751
 def date_ahead(index: pd.DatetimeIndex, horizon: int) -> pd.Timestamp:
     "Date `horizon` bars after the last one; `NaT` for intraday bars."
     last = index[-1]
     if last.tz is not None or (index != index.normalize()).any(): return pd.NaT
-    if (index.dayofweek >= 5).any(): return last + pd.Timedelta(days=horizon)
+    if (index.day_of_week >= 5).any(): return last + pd.Timedelta(days=horizon)
     import exchange_calendars  # slow to import, needed here alone
     calendar = exchange_calendars.get_calendar("XNYS", start=last - pd.Timedelta(days=10), end=last + pd.Timedelta(days=2 * horizon + 14))
     return calendar.sessions[calendar.sessions > last][horizon - 1]

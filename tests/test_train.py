@@ -1,0 +1,99 @@
+"""The main job, small, as a user runs it: what it leaves, what it refuses, and that it repeats itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs" / "train.ipynb"
+SMALL = dict(source="sample", start="2010-01-01", epochs=2, n_splits=2, hidden_size=8, n_heads=1, n_layers=1, seq_length=64, stride=64)
+FILES = {"model.safetensors", "config.json", "metrics.json", "forecasts.csv", "report.html", "manifest.json"}
+
+
+def run(folder, **parameters):
+    parameters = {"ticker": "SPY", "output_dir": str(folder / "runs"), **SMALL, **parameters}
+    papermill.execute_notebook(NOTEBOOK, folder / "out.ipynb", parameters, progress_bar=False, cwd=folder)
+    return folder / "runs" / parameters["ticker"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("first"))
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_leaves_every_file_and_nothing_else(finished):
+    assert {p.name for p in finished.iterdir()} == FILES
+    assert not [p.name for p in finished.parent.iterdir() if p.suffix in (".part", ".old")]
+
+
+def test_metrics_put_each_score_beside_its_baseline(finished):
+    metrics = read(finished, "metrics.json")
+    assert set(metrics) >= {"data", "folds", "overall"} and len(metrics["folds"]) == 2
+    for fold in (*metrics["folds"], metrics["overall"]):
+        assert {"mape", "mape_persistence"} <= set(fold["price"])
+        assert {"accuracy", "base_rate"} <= set(fold["direction"])
+        assert {"qlike", "qlike_ewma"} <= set(fold["volatility"])
+        assert len(fold["regime"]) == 4 and abs(sum(fold["regime"]) - 1) < 1e-5
+    for fold in metrics["folds"]:
+        assert fold["train"]["last"] < fold["test"]["first"]
+
+
+def test_scores_follow_from_the_forecasts(finished):
+    metrics, forecasts = read(finished, "metrics.json"), pd.read_csv(finished / "forecasts.csv")
+    known = forecasts.dropna(subset="actual_close")
+    mape = 100 * ((known.actual_close - known.forecast_close) / known.actual_close).abs().mean()
+    assert mape == pytest.approx(metrics["overall"]["price"]["mape"], rel=1e-6)
+    ratio = known.actual_variance / known.forecast_variance
+    assert (ratio - np.log(ratio) - 1).mean() == pytest.approx(metrics["overall"]["volatility"]["qlike"], rel=1e-6)
+
+
+def test_says_which_series_this_is(finished):
+    manifest = read(finished, "manifest.json")
+    assert manifest["data"]["symbol"] == "^GSPC" and len(manifest["data"]["sha256"]) == 64
+    assert manifest["seed"] == 0 and manifest["versions"]["torch"] and manifest["seconds"]["training"] > 0
+    assert "S&amp;P 500" in (finished / "report.html").read_text(encoding="utf-8")
+    assert "S&P 500" in (finished.parent.parent / "out.ipynb").read_text(encoding="utf-8")
+
+
+def test_three_lines_repeat_the_last_forecast(finished):
+    from smlstm.fetch import load_prices
+    from smlstm.forecaster import Forecaster
+
+    again = Forecaster.load(finished).predict(load_prices("SPY", "sample", start=SMALL["start"]).frame)
+    written = pd.read_csv(finished / "forecasts.csv").iloc[-1]
+    assert str(again["date"].date()) in str(written["date"]) and pd.isna(written["actual_close"])
+    for name in ("close", "forecast_close", "up_probability", "forecast_variance", "regime_1", "regime_4"):
+        assert again[name] == pytest.approx(float(written[name]), rel=1e-12), name
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("retrieved", "created", "seconds")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    assert without_times(read(run(tmp_path), "metrics.json")) == without_times(read(finished, "metrics.json"))
+
+
+@pytest.mark.parametrize("name, value", [("epochs", -1), ("ticker", "NO SUCH TICKER"), ("interval", "7q"), ("ticker", "../../etc/passwd"), ("source", "nowhere.csv")])
+def test_a_wrong_value_is_refused_before_any_work(tmp_path, name, value):
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"output_dir": str(tmp_path / "runs"), **SMALL, name: value}, progress_bar=False, cwd=tmp_path)
+    assert caught.value.ename == "ParameterError" and name in caught.value.evalue and repr(value) in caught.value.evalue
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_ticker_is_refused_in_the_same_cell(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"output_dir": str(tmp_path / "runs"), **SMALL, "ticker": "NOSUCHTICKER"}, progress_bar=False, cwd=tmp_path)
+    assert "NOSUCHTICKER" in caught.value.evalue
+    assert "check_parameters" in "".join(caught.value.source)
+    assert not (tmp_path / "runs").exists()
