@@ -148,7 +148,7 @@ def _tidy(raw: pd.DataFrame, where: str) -> pd.DataFrame:
             frame[name] *= ratio
     return frame.reindex(columns=COLUMNS).rename_axis(index="date")
 
-# %% ../nbs/10_fetch.ipynb #f7a89793
+# %% ../nbs/10_fetch.ipynb #07d1094e
 class PriceReport(NamedTuple):
     "What `clean_prices` found. Dropped: `null`, `nonpositive`, `crossed`, `duplicates`. Listed only: the rest."
     rows: int
@@ -166,7 +166,7 @@ _FINDINGS = {
     "null": "rows without a price dropped", "nonpositive": "rows with a price of zero or less dropped",
     "crossed": "rows with the high below the low dropped", "duplicates": "repeated dates dropped, the last row kept",
     "outside": "rows with open or close outside the day's range", "zero_volume": "rows without volume",
-    "jumps": "jumps of the size of a split", "missing": "sessions of the exchange missing",
+    "jumps": "jumps of the size of a split", "missing": "bars missing that the exchange's calendar has",
 }
 
 def describe_report(report: PriceReport) -> "tuple[str, ...]":
@@ -196,25 +196,24 @@ def _drop_bad(frame: pd.DataFrame) -> "tuple[pd.DataFrame, dict]":
 def _dates(index: pd.DatetimeIndex) -> "tuple[str, ...]":
     return tuple(str(t.date()) if index.tz is None else t.isoformat() for t in index)
 
-# %% ../nbs/10_fetch.ipynb #39f84697
-def _odd(frame: pd.DataFrame, sessions: "pd.DatetimeIndex | None") -> dict:
+# %% ../nbs/10_fetch.ipynb #6946b4d4
+def _odd(frame: pd.DataFrame, expected: "pd.DatetimeIndex | None") -> dict:
     "Dates of rows that are kept but worth a look."
     low, high = frame.low * (1 - 1e-9), frame.high * (1 + 1e-9)
     ratio = np.exp(np.log(frame.close).diff().abs())
     splits = np.array([1.5, *range(2, 21), 25, 50, 100])
     near = np.abs(ratio.to_numpy()[:, None] / splits - 1).min(axis=1) < 0.03
-    days = frame.index.normalize().tz_localize(None)
     return {
         "outside": _dates(frame.index[(frame.open < low) | (frame.open > high) | (frame.close < low) | (frame.close > high)]),
         "zero_volume": _dates(frame.index[frame.volume == 0]) if (frame.volume > 0).any() else (),
         "jumps": _dates(frame.index[near & (ratio > 1.45)]),
-        "missing": () if sessions is None else _dates(sessions.difference(days)),
+        "missing": () if expected is None else _dates(expected.difference(frame.index)),
     }
 
-# %% ../nbs/10_fetch.ipynb #593755dd
+# %% ../nbs/10_fetch.ipynb #a9aaf9ee
 def clean_prices(
     frame: pd.DataFrame,             # five float columns under a DatetimeIndex, in any order
-    sessions: "pd.DatetimeIndex | None" = None,  # the exchange's sessions that should be there, if known
+    expected: "pd.DatetimeIndex | None" = None,  # dates of the bars that should be there, if known
 ) -> "tuple[pd.DataFrame, PriceReport]":
     "A price frame of the rows that hold together, and the report on all of them. BadPrices where too few are left."
     kept, found = _drop_bad(frame)
@@ -225,7 +224,7 @@ def clean_prices(
         raise BadPrices(f"only {len(kept)} of {len(frame)} rows are usable ({worst}: {example}, ...): choose other dates or another source")
     if not (kept.volume > 0).any():
         kept = kept.assign(volume=np.nan)
-    return kept, PriceReport(rows=len(kept), **found, **_odd(kept, sessions))
+    return kept, PriceReport(rows=len(kept), **found, **_odd(kept, expected))
 
 # %% ../nbs/10_fetch.ipynb #b2e28d95
 class Provenance(NamedTuple):
@@ -475,26 +474,34 @@ def exchange_calendar(
     except (exchange_calendars.errors.InvalidCalendarName, ValueError) as error:
         raise InvalidRequest(f"no calendar for the exchange {exchange!r} from {year}: {error}") from None
 
-# %% ../nbs/10_fetch.ipynb #7d9e155a
-def _sessions(meta: dict, first: pd.Timestamp, last: pd.Timestamp) -> "pd.DatetimeIndex | None":
-    "Sessions strictly inside [first, last) and the symbol's life, or None where no calendar applies."
-    exchange = _CALENDARS.get(meta.get("exchangeTimezoneName"))
-    born, traded = meta.get("born"), meta.get("traded")
+# %% ../nbs/10_fetch.ipynb #fd787032
+def _expected(meta: dict, first: pd.Timestamp, last: pd.Timestamp, interval: str) -> "pd.DatetimeIndex | None":
+    "Dates of the bars of sessions strictly inside [first, last) and the symbol's life; None where no calendar applies."
+    exchange, born, traded = _CALENDARS.get(meta.get("exchangeTimezoneName")), meta.get("born"), meta.get("traded")
     if exchange is None or meta.get("instrumentType") not in ("EQUITY", "ETF", "INDEX", "MUTUALFUND") or born is None or traded is None:
         return None
     a = max(first.tz_localize(None), born.tz_localize(None)).normalize()
     b = min(last.tz_localize(None), traded.tz_localize(None)).normalize()
-    days = exchange_calendar(exchange, max(a.year, 1960)).sessions
-    return days[(days > a) & (days < b)]
+    calendar = exchange_calendar(exchange, max(a.year, 1960))
+    days = calendar.sessions[(calendar.sessions > a) & (calendar.sessions < b)]
+    if interval == "1d":
+        return days
+    return None if calendar.has_break else _bar_starts(calendar.opens[days], calendar.closes[days], INTERVALS[interval].length)
 
-def _doubts(answer: Answer, first: pd.Timestamp, last: pd.Timestamp) -> "tuple[str, ...]":
-    "Dates of sessions that lack a row or a price; ('nothing',) for an empty answer."
+def _bar_starts(opens: pd.Series, closes: pd.Series, length: pd.Timedelta) -> pd.DatetimeIndex:
+    "Starts of the bars of every session, the last one possibly shorter."
+    opens, closes = pd.DatetimeIndex(opens).as_unit("ns"), pd.DatetimeIndex(closes).as_unit("ns")
+    steps = np.arange(np.ceil((closes - opens).max() / length) if len(opens) else 0).astype("int64") * length.value
+    starts = opens.asi8[:, None] + steps
+    return pd.DatetimeIndex(starts[starts < closes.asi8[:, None]]).tz_localize("UTC")
+
+def _doubts(answer: Answer, first: pd.Timestamp, last: pd.Timestamp, interval: str) -> "tuple[str, ...]":
+    "Dates of bars that are missing or lack a price; ('nothing',) for an empty answer."
     if answer.frame.empty:
         return ("nothing",)
-    frame, sessions = answer.frame, _sessions(answer.meta, first, last)
-    there = frame.index[frame.close.notna()].normalize().tz_localize(None)
-    missing = () if sessions is None else _dates(sessions.difference(there))
-    return missing + _dates(frame.index[frame.close.isna()])
+    expected, null = _expected(answer.meta, first, last, interval), answer.frame.close.isna()
+    missing = answer.frame.index[:0] if expected is None else expected.difference(answer.frame.index)
+    return _dates(missing.union(answer.frame.index[null]))
 
 # %% ../nbs/10_fetch.ipynb #50d62f1a
 class _Pace:
@@ -537,7 +544,7 @@ def _nothing(like: pd.Timestamp) -> pd.DataFrame:
     "A price frame without rows, in the time zone of `like`."
     return pd.DataFrame(columns=COLUMNS, index=pd.DatetimeIndex([], tz=like.tz, name="date"), dtype=float)
 
-# %% ../nbs/10_fetch.ipynb #b44d7918
+# %% ../nbs/10_fetch.ipynb #e266d19a
 def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, stop: threading.Event) -> Answer:
     "A trusted answer for [first, last), or one clear exception."
     doubted: list = []
@@ -552,8 +559,8 @@ def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, 
             if type(failure) is not TransientFailure or not silent:
                 raise failure from error
             answer = Answer(_nothing(first), {})
-        doubts = _doubts(answer, first, last)
-        if doubts and doubts not in doubted:
+        doubts = _doubts(answer, first, last, interval)
+        if doubts and doubted.count(doubts) < 2:
             doubted.append(doubts)
             raise TransientFailure(f"a half-empty answer ({len(doubts)} gaps: {', '.join(doubts[:3])})")
         if answer.frame.empty:
@@ -565,7 +572,7 @@ def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, 
     except TransientFailure as error:
         raise type(error)(f"{ticker}: {error}; gave up, try again later") from error
 
-# %% ../nbs/10_fetch.ipynb #d5e4fd96
+# %% ../nbs/10_fetch.ipynb #4ee23c53
 def safe_fetch(
     ticker: str,                     # Yahoo symbol
     start,                           # first date, included
@@ -579,7 +586,7 @@ def safe_fetch(
     first, last = _span(start, end, interval)
     _require_yahoo()
     answer = _fetch(ticker, first, last, interval, retries, delay, threading.Event())
-    return clean_prices(answer.frame, _sessions(answer.meta, first, last))[0]
+    return clean_prices(answer.frame, _expected(answer.meta, first, last, interval))[0]
 
 def _require_yahoo() -> None:
     if not yahoo_reachable():
@@ -694,7 +701,7 @@ def _download(ticker, first, last, interval, folder: Path, max_workers: int, ret
         raise NoPrices(f"Yahoo has no {interval} prices of {ticker} for {first.date()} to {last.date()}: choose other dates")
     return Answer(pd.concat(frames), [answer.meta for answer in answers if answer.meta][-1])
 
-# %% ../nbs/10_fetch.ipynb #f3b6fb76
+# %% ../nbs/10_fetch.ipynb #1d61de06
 def get_stock_data(
     ticker: str,                     # Yahoo symbol
     start_date,                      # first date, included; None for 20 years (intraday: all there is)
@@ -711,7 +718,7 @@ def get_stock_data(
     path = _cache_file(ticker, interval, cache_dir)
     with _locked(path):
         answer = _download(ticker, first, last, interval, path.with_suffix(".parts"), max_workers, retries, delay)
-    return clean_prices(answer.frame, _sessions(answer.meta, first, last))[0]
+    return clean_prices(answer.frame, _expected(answer.meta, first, last, interval))[0]
 
 # %% ../nbs/10_fetch.ipynb #d9a26023
 def _cache_file(ticker: str, interval: str, cache_dir) -> Path:
@@ -820,7 +827,7 @@ def _from_file(ticker: str, path: Path, start, end, interval: str) -> Prices:
     retrieved = pd.Timestamp(path.stat().st_mtime, unit="s", tz="UTC").floor("s").isoformat()
     return _labelled(cut, ticker, ticker, f"{ticker} from {path.name}", "file", interval, retrieved, notes=describe_report(report))
 
-# %% ../nbs/10_fetch.ipynb #8901d8b1
+# %% ../nbs/10_fetch.ipynb #d81df943
 def _from_yahoo(ticker: str, source: str, start, end, interval: str, cache_dir, retries: int, delay: float) -> Prices:
     "Prices through the cache; the bundled twin where `auto` allows it."
     first, last = _span(start, end, interval)
@@ -839,7 +846,7 @@ def _from_yahoo(ticker: str, source: str, start, end, interval: str, cache_dir, 
     cut = _cut(stored.frame, first, last)
     if cut.empty:
         raise NoPrices(f"Yahoo has no {interval} prices of {ticker} for {first.date()} to {last.date()}: choose other dates")
-    frame, report = clean_prices(cut, _sessions(meta, first, last))
+    frame, report = clean_prices(cut, _expected(meta, first, last, interval))
     name = meta.get("longName") or meta.get("shortName") or ticker
     return _labelled(frame, ticker, ticker, name, "yahoo" if asked else "cache", interval, stored.note["retrieved"], why, describe_report(report))
 

@@ -48,7 +48,7 @@ def yahoo(monkeypatch):
     server = YahooServer()
     server.series[("SPY", "1d")] = spy()
     point_at(server.url, monkeypatch)
-    monkeypatch.setattr(fetch, "_ask", functools.partial(fetch._ask, timeout=0.6))
+    monkeypatch.setattr(fetch, "_ask", functools.partial(fetch._ask, timeout=1.0))
     yield server
     server.stop()
 
@@ -75,6 +75,7 @@ TRANSIENT = {
     "short of its length": ["short"], "cut JSON": ["cut"] * 2, "a page instead of JSON": ["html"], "no body": ["blank"],
     "null": ["null"], "down for repair": ["back_soon"], "no description": ["no_meta"], "no quotes once": ["no_quotes"],
     "empty once": ["empty"], "half the rows once": ["half"], "holes once": ["holes"], "null closes once": ["nulls"],
+    "the same half twice": ["half"] * 2, "empty twice": ["empty"] * 2,
     "all of it in turn": ["limit", "limit", "error", "error", "cut", "html", "reset", "half", "null"],
 }
 
@@ -130,11 +131,11 @@ def test_a_symbol_yahoo_never_had(yahoo, tmp_path):
         load_prices("NOSUCH", cache_dir=tmp_path, delay=1000)
 
 
-def test_empty_twice_is_no_prices(yahoo):
+def test_empty_three_times_is_no_prices(yahoo):
     yahoo.fault = lambda asked: "empty"
     with pytest.raises(NoPrices):
         safe_fetch("SPY", START, END, retries=4, **FAST)
-    assert len(yahoo.log) == 2
+    assert len(yahoo.log) == 3
 
 
 @pytest.mark.parametrize("bad, kind", [
@@ -163,8 +164,8 @@ def test_null_closes_are_dropped_and_counted(yahoo, tmp_path):
 def test_real_gaps_are_kept_and_listed(yahoo, tmp_path):
     yahoo.fault = lambda asked: "holes"
     got = load_prices("SPY", "yahoo", START, END, cache_dir=tmp_path, **FAST)
-    assert any("sessions of the exchange missing" in note for note in got.provenance.notes)
-    assert len(yahoo.log) == 2
+    assert any("bars missing" in note for note in got.provenance.notes)
+    assert len(yahoo.log) == 3                              # believed when it has said the same three times
 
 
 @pytest.mark.parametrize("mangle", [lambda r: pd.concat([r, r.iloc[10:20]]), lambda r: r.sample(frac=1, random_state=0),
@@ -423,6 +424,28 @@ def test_a_failed_update_leaves_the_cache_as_it_was(yahoo, tmp_path, fault, kind
     assert path.read_bytes() == before
     yahoo.fault = None
     same(load_prices("SPY", start=START, end="2018-01-01", cache_dir=tmp_path, **FAST).frame, truth(spy(), START, "2018-01-01"))
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "A.parquet"
+    fetch._write(path, fetch.Stored(truth(spy(), START, END), {}))
+    before = path.read_bytes()
+
+    def torn(table, where):
+        Path(where).write_bytes(b"PAR1 and then the power went")
+        raise OSError("no space left")
+    monkeypatch.setattr(fetch.pq, "write_table", torn)
+    with pytest.raises(FetchError, match="no space left"):
+        fetch._write(path, fetch.Stored(truth(spy(), START, END) * 2, {}))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_hours_are_noticed(yahoo):
+    yahoo.series[("SPY", "1h")] = spy_hours()
+    yahoo.faults = ["holes", "half", "nulls"]
+    start = (pd.Timestamp.now() - pd.Timedelta(days=90)).date()
+    same(safe_fetch("SPY", start, None, interval="1h", **FAST), truth(spy_hours(), str(start), "2999-01-01", "1h"))
+    assert not yahoo.faults
 
 
 def test_two_at_once_fetch_once(yahoo, tmp_path):

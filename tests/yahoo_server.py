@@ -192,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(401, refusal("Unauthorized", "Invalid Crumb"))
 
     def fault_slow(self, body, *_):
-        time.sleep(1.2)
+        time.sleep(1.6)
         self.send(200, body)
 
     def fault_reset(self, body, *_):
