@@ -441,7 +441,7 @@ def confidence_set(losses: pd.DataFrame,  # a column for each contender
     mcs.compute()
     return mcs.pvalues["Pvalue"].reindex(losses.columns)
 
-# %% ../nbs/16_evaluation.ipynb #c23e128a
+# %% ../nbs/16_evaluation.ipynb #cc8cbdbf
 def comparison_table(forecasts: pd.DataFrame,  # a forecast frame, with contenders' columns where there are some
                      head: str,                # "price", "direction" or "volatility"
                      horizon=1) -> pd.DataFrame:
@@ -453,7 +453,8 @@ def comparison_table(forecasts: pd.DataFrame,  # a forecast frame, with contende
     table = pd.DataFrame({{"price": "MAPE, %", "direction": "Brier", "volatility": "QLIKE"}[head]: losses.mean()})
     if head == "direction": table["hits"] = [hit_rate(actual, p) for p in by.values()]
     saved = {name: _mean_test(losses[name] - losses["model"], horizon) for name in by if name != "model"}
-    table["model saves"] = [np.nan] + [losses[name].sub(losses["model"]).mean() / losses[name].mean() for name in saved]
+    table["model saves"] = 1 - losses["model"].mean() / losses.mean().replace(0, np.nan)
+    table.loc["model", "model saves"] = np.nan
     table["p-value"] = [np.nan, *saved.values()]
     return table.assign(**{"in 90% set": confidence_set(losses) > 0.1}).rename_axis(head)
 
