@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENT', 'MemoryState', 'initial_memory', 'normalized_read', 'check_inputs', 'at_least_float32', 'recurrent',
-           'random_inputs', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative', 'boundary_scale', 'carry',
-           'read_chunks', 'cut', 'chunkwise']
+           'random_inputs', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative', 'boundary_scale', 'Carry',
+           'carry', 'read_chunks', 'cut', 'chunkwise']
 
 # %% ../nbs/02_memory.ipynb #c57c337b
 from typing import NamedTuple, Optional
@@ -139,13 +139,35 @@ def boundary_scale(log_i: Tensor, log_f: Tensor, m0: Tensor) -> Tensor:
     offers = torch.cat([m0[..., None], offers], -1)
     return (decay_matrix(F.pad(faded[..., -1], (1, 0))) + offers[..., None, :]).amax(-1)
 
-# %% ../nbs/02_memory.ipynb #7b3820bc
+# %% ../nbs/02_memory.ipynb #ebb9cdb1
+class Carry(torch.autograd.Function):
+    "States at the chunk boundaries: first [B, H, *S], updates [B, H, c, *S], factors [B, H, c, *S or ones] to [B, H, c + 1, *S]."
+
+    @staticmethod
+    def forward(ctx, first, updates, factors):
+        states = [first]
+        for update, factor in zip(updates.unbind(2), factors.unbind(2)):
+            states.append(torch.addcmul(update, factor, states[-1]))
+        states = torch.stack(states, 2)
+        ctx.save_for_backward(states, factors)
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        states, factors = ctx.saved_tensors
+        back, to_updates = grad[:, :, -1], []
+        for arriving, factor in zip(reversed(grad[:, :, :-1].unbind(2)), reversed(factors.unbind(2))):
+            to_updates.append(back)
+            back = torch.addcmul(arriving, factor, back)
+        to_updates = torch.stack(to_updates[::-1], 2)
+        return back, to_updates, (to_updates * states[:, :, :-1]).sum_to_size(factors.shape)
+
+
 def carry(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> Tensor:
-    "States at the chunk boundaries: first [..., *S], updates [..., c, *S], log_decay [..., c], m [..., c + 1] to [..., c + 1, *S]."
-    lead = log_decay.dim() - 1
-    left_over = torch.exp(decay_matrix(F.pad(log_decay, (1, 0))) + m[..., None, :] - m[..., :, None])
-    states = torch.cat([first.unsqueeze(lead), updates], lead)
-    return (left_over @ states.flatten(lead + 1)).view(states.shape)
+    "`Carry` with decays [B, H, c, ...] in log space, between boundaries on the scales m [B, H, c + 1]."
+    spread = lambda x: x.view(*x.shape, *[1] * (updates.dim() - x.dim()))
+    return Carry.apply(first, updates, torch.exp(spread(log_decay) + spread(m[:, :, :-1] - m[:, :, 1:])))
 
 # %% ../nbs/02_memory.ipynb #d66ecef7
 def read_chunks(q, k, v, log_i, log_f, theta: float, state: MemoryState) -> tuple[Tensor, MemoryState]:

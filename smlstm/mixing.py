@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TIMED', 'ROWS', 'Mixing', 'MixedState', 'initial_mixed', 'processed', 'RowNetwork', 'apply_network', 'mixed_regimes',
            'full_precision', 'growth', 'mixed_step', 'mixed_recurrent', 'random_mixing', 'Kernel', 'mixing_kernel',
-           'Fading', 'fading', 'Masks', 'regime_masks', 'per_regime', 'read_writes', 'gain_states', 'Carried',
-           'carry_memory', 'carry_states', 'read_carried', 'read_first', 'mixed_chunks', 'cut_mixing', 'last_mixed',
-           'network_rows', 'mixed_networks', 'mixed_chunkwise']
+           'Fading', 'fading', 'Masks', 'regime_masks', 'per_regime', 'rowwise', 'row_gains', 'read_writes',
+           'gain_states', 'Carried', 'carry_memory', 'weigh_memories', 'carry_states', 'read_states', 'read_memories',
+           'read_carried', 'read_first', 'mixed_chunks', 'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks',
+           'mixed_chunkwise']
 
 # %% ../nbs/05_mixing.ipynb #107d273d
 import math
@@ -186,43 +187,47 @@ def regime_masks(kernel: Tensor, regime: Tensor, fade: Fading) -> Masks:
     shape = (*fade.scale.shape, kernel.shape[-2], regime.shape[-1])
     return Masks((weighted @ fade.written).view(*shape, -1), (weighted @ fade.carried[..., None]).view(shape))
 
-# %% ../nbs/05_mixing.ipynb #88afb37a
+# %% ../nbs/05_mixing.ipynb #13136352
 def per_regime(x: Tensor, side: Optional[Tensor]) -> Tensor:
-    "`side` applied to vectors: x [B, H, c, L, d] to [B, H, c, L, R, d], with R = 1 where side is None."
-    if side is None:
-        return x.unsqueeze(-2)
-    if side.dim() == 3:
-        return x.unsqueeze(-2) * side[:, None, None]
-    return torch.einsum("bhcuj,hrij->bhcuri", x, side)
+    "`side` applied to vectors: x [B, H, c, L, d] to [B, H, c, R, L, d], with R = 1 where side is None."
+    if side is None: return x.unsqueeze(-3)
+    if side.dim() == 3: return x.unsqueeze(-3) * side[:, None, :, None]
+    return torch.einsum("bhcuj,hrij->bhcrui", x, side)
 
-# %% ../nbs/05_mixing.ipynb #0f62c49b
+# %% ../nbs/05_mixing.ipynb #bb8c0d3a
+def rowwise(mix: Mixing) -> bool:
+    "Whether the processors only scale the rows of the memory."
+    return mix.right is None and (mix.left is None or mix.left.dim() == 3)
+
+
+def row_gains(weights: Tensor, left: Optional[Tensor]) -> Tensor:
+    "Gain of each row under weights [B, H, c, ..., R]: [B, H, c, ..., d], or [..., 1] where left is None."
+    if left is None: return weights.sum(-1, keepdim=True)
+    return (weights.flatten(3, -2) @ left[:, None]).view(*weights.shape[:-1], -1)
+
+# %% ../nbs/05_mixing.ipynb #c7c39754
 def read_writes(scores: Tensor, values: Tensor) -> Tensor:
-    "Sum over r and u of scores [..., t, R, u] times values [..., u, R or 1, d]."
-    if values.shape[-2] == 1:
-        return scores.sum(-2) @ values.squeeze(-2)
-    return scores.flatten(-2) @ values.transpose(-3, -2).flatten(-3, -2)
+    "Sum over r and u of scores [..., t, R, u] times values [..., R or 1, u, d]."
+    if values.shape[-3] == 1: return scores.sum(-2) @ values.squeeze(-3)
+    return scores.flatten(-2) @ values.flatten(-3, -2)
 
-# %% ../nbs/05_mixing.ipynb #56971e5b
-def gain_states(masks: Tensor, v: Tensor, k: Tensor, left: Optional[Tensor], right: Optional[Tensor]) -> Tensor:
-    "Sum over r and u of masks [B, H, c, N, R, u] times A_r v_u times B_r k_u for v, k [B, H, c, u, d], [B, H, c, N, d, d]."
-    if right is not None:
-        values, keys = per_regime(v, left), per_regime(k, right)
-        weighted = masks.mT.unsqueeze(-1) * values.unsqueeze(-4)
-        return weighted.flatten(-3, -2).mT @ keys.flatten(-3, -2).unsqueeze(-3)
-    if left is None: weighted = masks.mT * v.unsqueeze(-3)
-    elif left.dim() == 3: weighted = (masks.mT @ left[:, None, None]) * v.unsqueeze(-3)
-    else: weighted = torch.einsum("bhcnru,bhcuri->bhcnui", masks, per_regime(v, left))
-    return weighted.mT @ k.unsqueeze(-3)
+# %% ../nbs/05_mixing.ipynb #70700fe8
+def gain_states(masks: Tensor, v: Tensor, k: Tensor, mix: Mixing) -> Tensor:
+    "Sum over r and u of masks [B, H, c, N, R, u] times A_r v_u times B_r k_u for v, k [B, H, c, u, d]: [B, H, c, N, d, d]."
+    if rowwise(mix): return (row_gains(masks.mT, mix.left) * v.unsqueeze(-3)).mT @ k.unsqueeze(-3)
+    values, keys = per_regime(v, mix.left), per_regime(k, mix.right)
+    weighted = masks.unsqueeze(-1) * values.unsqueeze(-4)
+    if mix.right is None: return weighted.sum(-3).mT @ keys
+    return weighted.flatten(-3, -2).mT @ keys.flatten(-3, -2).unsqueeze(-3)
 
-# %% ../nbs/05_mixing.ipynb #c5578a8d
+# %% ../nbs/05_mixing.ipynb #d72f6cbd
 class Carried(NamedTuple):
     "Memories at the chunk boundaries, on the scale of the boundary."
     C: Tensor  # [B, H, c + 1, d, d]
     n: Tensor  # [B, H, c + 1, d]
-    seen: Tensor  # [B, H, c, R, d, d] A_r C B_r^T at the start of each chunk
     X: Tensor  # [B, H, c + 1, N, d, d]
 
-# %% ../nbs/05_mixing.ipynb #979f7311
+
 def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tensor, Tensor]:
     "C and n at the boundaries: k, v [B, H, c, L, d], gates [B, H, c, L], boundary [B, H, c + 1]."
     faded = log_f.cumsum(-1)
@@ -231,24 +236,39 @@ def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tenso
     C = carry(state.C, v.mT @ weighted_k, faded[..., -1], boundary)
     return C, carry(state.n, weighted_k.sum(-2), faded[..., -1], boundary)
 
+# %% ../nbs/05_mixing.ipynb #3a46b8e6
+def weigh_memories(weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
+    "Sum over r of weights [B, H, c, N, R] times A_r C B_r^T for C [B, H, c, d, d]: [B, H, c, N, d, d]."
+    if rowwise(mix): return row_gains(weights, mix.left)[..., None] * C.unsqueeze(-3)
+    each = processed(C, mix.left, mix.right)
+    return (weights @ each.flatten(-2)).unflatten(-1, C.shape[-2:])
 
-def carry_states(masks: Masks, k, v, seen, fade: Fading, boundary, mix: Mixing, state: MixedState) -> Tensor:
-    "X at the boundaries, [B, H, c + 1, N, d, d]: masks of the chunk ends, seen [B, H, c, R, d, d]."
+
+def carry_states(masks: Masks, k, v, C, fade: Fading, boundary, mix: Mixing, state: MixedState) -> Tensor:
+    "X at the boundaries, [B, H, c + 1, N, d, d]: masks of the chunk ends, C [B, H, c, d, d] at their starts."
     to_boundary = torch.exp(fade.scale - boundary[..., 1:])[..., None, None]
-    gains = gain_states(masks.written * to_boundary[..., None], v, k, mix.left, mix.right)
-    gains = gains + ((masks.carried * to_boundary) @ seen.flatten(-2)).view_as(gains)
-    log_decay = mix.log_decay.sum(-2).mT.unsqueeze(1).expand(-1, boundary.shape[1], -1, -1)
-    return carry(state.X, gains.transpose(2, 3), log_decay, boundary.unsqueeze(2)).transpose(2, 3)
+    gains = gain_states(masks.written * to_boundary[..., None], v, k, mix) + weigh_memories(masks.carried * to_boundary, C, mix)
+    return carry(state.X, gains, mix.log_decay.sum(-2).unsqueeze(1), boundary)
 
-# %% ../nbs/05_mixing.ipynb #151b039d
+# %% ../nbs/05_mixing.ipynb #852c15c0
+def read_states(q: Tensor, weights: Tensor, states: Tensor) -> Tensor:
+    "Sum over n of weights [B, H, c, t, N] times X_n q_t for states [B, H, c, N, d, d]: [B, H, c, t, d]."
+    return (weights[..., None] * q.unsqueeze(-2)).flatten(-2) @ states.mT.flatten(-3, -2)
+
+
+def read_memories(q: Tensor, weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
+    "Sum over r of weights [B, H, c, t, R] times A_r C B_r^T q_t for C [B, H, c, d, d]: [B, H, c, t, d]."
+    if rowwise(mix): return row_gains(weights, mix.left) * (q @ C.mT)
+    return read_states(q, weights, processed(C, mix.left, mix.right))
+
+# %% ../nbs/05_mixing.ipynb #c3f2172c
 def read_carried(q, carried: Carried, kernel: Kernel, mask: Tensor, before: Tensor, fade: Fading, boundary, mix: Mixing) -> Tensor:
     "What q [B, H, c, L, d] reads from the start of its chunk: mask [B, H, c, L, R] of the carried memory, before [B, c, R]."
     from_boundary = torch.exp(boundary[..., :-1] - fade.scale)[..., None, None]
     skipped = (mix.persistence[..., :1] * mix.skip * before).unsqueeze(-2)
     mask = mask + from_boundary * F.pad(skipped, (0, 0, 0, q.shape[-2] - 1)).unsqueeze(1)
-    weights = torch.cat([from_boundary * kernel.from_start.unsqueeze(1), mask], -1)
-    memories = torch.cat([carried.X[:, :, :-1], carried.seen], -3)
-    return (weights[..., None] * q.unsqueeze(-2)).flatten(-2) @ memories.mT.flatten(-3, -2)
+    states = read_states(q, from_boundary * kernel.from_start.unsqueeze(1), carried.X[:, :, :-1])
+    return states + read_memories(q, mask, carried.C[:, :, :-1], mix)
 
 # %% ../nbs/05_mixing.ipynb #5d1a917a
 def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
@@ -258,7 +278,7 @@ def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
     read = weight[..., None] * (unexplained @ q[:, :, 0, 0, :, None]).squeeze(-1)
     return F.pad(read[:, :, None, None], (0, 0, 0, q.shape[3] - 1, 0, q.shape[2] - 1))
 
-# %% ../nbs/05_mixing.ipynb #22e27dcd
+# %% ../nbs/05_mixing.ipynb #845091e6
 def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "The fused form on chunks: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
     boundary = boundary_scale(log_i, log_g, state.m).detach()
@@ -266,15 +286,14 @@ def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state:
     regime = mix.regime.sum(-1, keepdim=True) if alike else mix.regime
     kernel, fade = mixing_kernel(mix), fading(log_i, log_f, boundary)
     C, n = carry_memory(k, v, log_i, log_f, boundary, state)
-    seen = processed(C[:, :, :-1], mix.left, mix.right)
     at_end = regime_masks(kernel.to_end, regime, fade)
-    X = carry_states(at_end, k, v, seen, fade, boundary, mix, state)
+    X = carry_states(at_end, k, v, C[:, :, :-1], fade, boundary, mix, state)
     masks = regime_masks(kernel.inside, regime, fade)
     plain_scores = q @ k.mT
-    scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcurd->bhctru", q, per_regime(k, mix.right))
+    scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcrud->bhctru", q, per_regime(k, mix.right))
     before = F.pad(regime[:, :-1, -1], (0, 0, 1, 0))
     numerator = read_writes(masks.written * scores, per_regime(v, mix.left))
-    numerator = numerator + read_carried(q, Carried(C, n, seen, X), kernel, masks.carried, before, fade, boundary, mix)
+    numerator = numerator + read_carried(q, Carried(C, n, X), kernel, masks.carried, before, fade, boundary, mix)
     numerator = numerator + read_first(q, fade, mix, state)
     n_q = (fade.written * plain_scores).sum(-1) + fade.carried * (q @ n[:, :, :-1, :, None]).squeeze(-1)
     h = normalized_read(numerator, n_q, fade.scale[..., None].expand_as(n_q), theta)
