@@ -357,31 +357,31 @@ def yahoo_reachable(
     except Exception:                                                   # any failure to get an answer is the answer
         return False
 
-# %% ../nbs/10_fetch.ipynb #64c4bbb4
+# %% ../nbs/10_fetch.ipynb #915d0144
 class Answer(NamedTuple):
     "Rows as they came, unchecked, and what Yahoo says about the symbol."
     frame: pd.DataFrame
     meta: dict
 
-_hidden = threading.Lock()
-_asking: list = []
+_shown = threading.Lock()
+_inside: list = []                                                      # the user's setting, then one entry for each thread
 
 @contextlib.contextmanager
 def _exceptions_shown(yf):
     "yfinance raises what it meets while any thread is inside; the user's setting is back after the last one."
     config = yf.config.debug
-    with _hidden:
-        if not _asking:
-            _asking.append(config.hide_exceptions)
-        _asking.append(None)
+    with _shown:
+        if not _inside:
+            _inside.append(config.hide_exceptions)
+        _inside.append(None)
         config.hide_exceptions = False
     try:
         yield
     finally:
-        with _hidden:
-            _asking.pop()
-            if len(_asking) == 1:
-                config.hide_exceptions = _asking.pop()
+        with _shown:
+            _inside.pop()
+            if len(_inside) == 1:
+                config.hide_exceptions = _inside.pop()
 
 # %% ../nbs/10_fetch.ipynb #d6f41c70
 _META = ("exchangeTimezoneName", "instrumentType", "longName", "shortName")
@@ -643,13 +643,13 @@ def _write(path: Path, stored: Stored) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/10_fetch.ipynb #495938ac
+# %% ../nbs/10_fetch.ipynb #fb467720
 def _read(path: Path) -> "Stored | None":
     "The file's rows and note, or None; a damaged file is renamed to *.corrupt."
     if not path.is_file():
         return None
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))       # opened once: a file replaced meanwhile cannot mix
         stored = Stored(table.to_pandas(), json.loads(table.schema.metadata[b"smlstm"]))
         if frame_hash(stored.frame) == stored.note["sha256"]:
             return stored
