@@ -139,37 +139,37 @@ def boundary_scale(log_i: Tensor, log_f: Tensor, m0: Tensor) -> Tensor:
     offers = torch.cat([m0[..., None], offers], -1)
     return (decay_matrix(F.pad(faded[..., -1], (1, 0))) + offers[..., None, :]).amax(-1)
 
-# %% ../nbs/02_memory.ipynb #ebb9cdb1
+# %% ../nbs/02_memory.ipynb #835d8e84
 class Carry(torch.autograd.Function):
-    "States at the chunk boundaries: first [B, H, *S], updates [B, H, c, *S], factors [B, H, c, *S or ones] to [B, H, c + 1, *S]."
+    "First state [B, H, *S], updates [B, H, c, *S], factors [B, H, c, *S or ones] to the states before each chunk and the last one."
 
     @staticmethod
     def forward(ctx, first, updates, factors):
         states = [first]
         for update, factor in zip(updates.unbind(2), factors.unbind(2)):
             states.append(torch.addcmul(update, factor, states[-1]))
-        states = torch.stack(states, 2)
-        ctx.save_for_backward(states, factors)
-        return states
+        before = torch.stack(states[:-1], 2)
+        ctx.save_for_backward(before, factors)
+        return before, states[-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        states, factors = ctx.saved_tensors
-        back, to_updates = grad[:, :, -1], []
-        for arriving, factor in zip(reversed(grad[:, :, :-1].unbind(2)), reversed(factors.unbind(2))):
+    def backward(ctx, to_before, back):
+        before, factors = ctx.saved_tensors
+        to_updates = []
+        for arriving, factor in zip(reversed(to_before.unbind(2)), reversed(factors.unbind(2))):
             to_updates.append(back)
             back = torch.addcmul(arriving, factor, back)
         to_updates = torch.stack(to_updates[::-1], 2)
-        return back, to_updates, (to_updates * states[:, :, :-1]).sum_to_size(factors.shape)
+        return back, to_updates, (to_updates * before).sum_to_size(factors.shape)
 
-
-def carry(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> Tensor:
+# %% ../nbs/02_memory.ipynb #eb7a0856
+def carry(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     "`Carry` with decays [B, H, c, ...] in log space, between boundaries on the scales m [B, H, c + 1]."
     spread = lambda x: x.view(*x.shape, *[1] * (updates.dim() - x.dim()))
     return Carry.apply(first, updates, torch.exp(spread(log_decay) + spread(m[:, :, :-1] - m[:, :, 1:])))
 
-# %% ../nbs/02_memory.ipynb #d66ecef7
+# %% ../nbs/02_memory.ipynb #fc64e6b5
 def read_chunks(q, k, v, log_i, log_f, theta: float, state: MemoryState) -> tuple[Tensor, MemoryState]:
     "The chunkwise form on inputs that are cut already: q, k, v [B, H, c, L, d], gates [B, H, c, L]."
     C0, n0, m0 = state
@@ -178,14 +178,14 @@ def read_chunks(q, k, v, log_i, log_f, theta: float, state: MemoryState) -> tupl
     weights = memory_weights(log_i, log_f, boundary[..., :-1])
     left_at_end = torch.exp(log_i + faded[..., -1:] - faded - boundary[..., 1:, None])
     weighted_k = k * left_at_end[..., None]
-    C = carry(C0, v.mT @ weighted_k, faded[..., -1], boundary)
-    n = carry(n0, weighted_k.sum(-2), faded[..., -1], boundary)
+    C, C_end = carry(C0, v.mT @ weighted_k, faded[..., -1], boundary)
+    n, n_end = carry(n0, weighted_k.sum(-2), faded[..., -1], boundary)
     scores = (q @ k.mT) * weights.written
     carried_q = q * weights.carried[..., None]
-    numerator = scores @ v + carried_q @ C[:, :, :-1].mT
-    n_q = scores.sum(-1) + (carried_q @ n[:, :, :-1, :, None]).squeeze(-1)
+    numerator = scores @ v + carried_q @ C.mT
+    n_q = scores.sum(-1) + (carried_q @ n[..., None]).squeeze(-1)
     h = normalized_read(numerator, n_q, weights.m, theta)
-    return h, MemoryState(C[:, :, -1], n[:, :, -1], boundary[..., -1])
+    return h, MemoryState(C_end, n_end, boundary[..., -1])
 
 # %% ../nbs/02_memory.ipynb #c459711e
 SEGMENT = 32  # chunks that are read in one call

@@ -220,23 +220,24 @@ def gain_states(masks: Tensor, v: Tensor, k: Tensor, mix: Mixing) -> Tensor:
     if mix.right is None: return weighted.sum(-3).mT @ keys
     return weighted.flatten(-3, -2).mT @ keys.flatten(-3, -2).unsqueeze(-3)
 
-# %% ../nbs/05_mixing.ipynb #d72f6cbd
+# %% ../nbs/05_mixing.ipynb #17ee99cf
 class Carried(NamedTuple):
-    "Memories at the chunk boundaries, on the scale of the boundary."
-    C: Tensor  # [B, H, c + 1, d, d]
-    n: Tensor  # [B, H, c + 1, d]
-    X: Tensor  # [B, H, c + 1, N, d, d]
+    "Memories at the start of each chunk, on the scale of the boundary."
+    C: Tensor  # [B, H, c, d, d]
+    n: Tensor  # [B, H, c, d]
+    X: Tensor  # [B, H, c, N, d, d]
 
 
-def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tensor, Tensor]:
-    "C and n at the boundaries: k, v [B, H, c, L, d], gates [B, H, c, L], boundary [B, H, c + 1]."
+def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "C and n before each chunk, and both at the end: k, v [B, H, c, L, d], gates [B, H, c, L], boundary [B, H, c + 1]."
     faded = log_f.cumsum(-1)
     left_at_end = torch.exp(log_i + faded[..., -1:] - faded - boundary[..., 1:, None])
     weighted_k = k * left_at_end[..., None]
-    C = carry(state.C, v.mT @ weighted_k, faded[..., -1], boundary)
-    return C, carry(state.n, weighted_k.sum(-2), faded[..., -1], boundary)
+    C, C_end = carry(state.C, v.mT @ weighted_k, faded[..., -1], boundary)
+    n, n_end = carry(state.n, weighted_k.sum(-2), faded[..., -1], boundary)
+    return C, n, C_end, n_end
 
-# %% ../nbs/05_mixing.ipynb #3a46b8e6
+# %% ../nbs/05_mixing.ipynb #0f5055b5
 def weigh_memories(weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     "Sum over r of weights [B, H, c, N, R] times A_r C B_r^T for C [B, H, c, d, d]: [B, H, c, N, d, d]."
     if rowwise(mix): return row_gains(weights, mix.left)[..., None] * C.unsqueeze(-3)
@@ -244,8 +245,8 @@ def weigh_memories(weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     return (weights @ each.flatten(-2)).unflatten(-1, C.shape[-2:])
 
 
-def carry_states(masks: Masks, k, v, C, fade: Fading, boundary, mix: Mixing, state: MixedState) -> Tensor:
-    "X at the boundaries, [B, H, c + 1, N, d, d]: masks of the chunk ends, C [B, H, c, d, d] at their starts."
+def carry_states(masks: Masks, k, v, C, fade: Fading, boundary, mix: Mixing, state: MixedState) -> tuple[Tensor, Tensor]:
+    "X before each chunk and at the end: masks of the chunk ends, C [B, H, c, d, d] at their starts."
     to_boundary = torch.exp(fade.scale - boundary[..., 1:])[..., None, None]
     gains = gain_states(masks.written * to_boundary[..., None], v, k, mix) + weigh_memories(masks.carried * to_boundary, C, mix)
     return carry(state.X, gains, mix.log_decay.sum(-2).unsqueeze(1), boundary)
@@ -261,14 +262,14 @@ def read_memories(q: Tensor, weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     if rowwise(mix): return row_gains(weights, mix.left) * (q @ C.mT)
     return read_states(q, weights, processed(C, mix.left, mix.right))
 
-# %% ../nbs/05_mixing.ipynb #c3f2172c
+# %% ../nbs/05_mixing.ipynb #fad9ac36
 def read_carried(q, carried: Carried, kernel: Kernel, mask: Tensor, before: Tensor, fade: Fading, boundary, mix: Mixing) -> Tensor:
     "What q [B, H, c, L, d] reads from the start of its chunk: mask [B, H, c, L, R] of the carried memory, before [B, c, R]."
     from_boundary = torch.exp(boundary[..., :-1] - fade.scale)[..., None, None]
     skipped = (mix.persistence[..., :1] * mix.skip * before).unsqueeze(-2)
     mask = mask + from_boundary * F.pad(skipped, (0, 0, 0, q.shape[-2] - 1)).unsqueeze(1)
-    states = read_states(q, from_boundary * kernel.from_start.unsqueeze(1), carried.X[:, :, :-1])
-    return states + read_memories(q, mask, carried.C[:, :, :-1], mix)
+    states = read_states(q, from_boundary * kernel.from_start.unsqueeze(1), carried.X)
+    return states + read_memories(q, mask, carried.C, mix)
 
 # %% ../nbs/05_mixing.ipynb #5d1a917a
 def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
@@ -278,16 +279,16 @@ def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
     read = weight[..., None] * (unexplained @ q[:, :, 0, 0, :, None]).squeeze(-1)
     return F.pad(read[:, :, None, None], (0, 0, 0, q.shape[3] - 1, 0, q.shape[2] - 1))
 
-# %% ../nbs/05_mixing.ipynb #845091e6
+# %% ../nbs/05_mixing.ipynb #e7553dab
 def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "The fused form on chunks: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
     boundary = boundary_scale(log_i, log_g, state.m).detach()
     alike = mix.left is None and mix.right is None
     regime = mix.regime.sum(-1, keepdim=True) if alike else mix.regime
     kernel, fade = mixing_kernel(mix), fading(log_i, log_f, boundary)
-    C, n = carry_memory(k, v, log_i, log_f, boundary, state)
+    C, n, C_end, n_end = carry_memory(k, v, log_i, log_f, boundary, state)
     at_end = regime_masks(kernel.to_end, regime, fade)
-    X = carry_states(at_end, k, v, C[:, :, :-1], fade, boundary, mix, state)
+    X, X_end = carry_states(at_end, k, v, C, fade, boundary, mix, state)
     masks = regime_masks(kernel.inside, regime, fade)
     plain_scores = q @ k.mT
     scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcrud->bhctru", q, per_regime(k, mix.right))
@@ -295,9 +296,9 @@ def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state:
     numerator = read_writes(masks.written * scores, per_regime(v, mix.left))
     numerator = numerator + read_carried(q, Carried(C, n, X), kernel, masks.carried, before, fade, boundary, mix)
     numerator = numerator + read_first(q, fade, mix, state)
-    n_q = (fade.written * plain_scores).sum(-1) + fade.carried * (q @ n[:, :, :-1, :, None]).squeeze(-1)
+    n_q = (fade.written * plain_scores).sum(-1) + fade.carried * (q @ n[..., None]).squeeze(-1)
     h = normalized_read(numerator, n_q, fade.scale[..., None].expand_as(n_q), theta)
-    return h, MixedState(C[:, :, -1], n[:, :, -1], boundary[..., -1], X[:, :, -1], state.Cm)
+    return h, MixedState(C_end, n_end, boundary[..., -1], X_end, state.Cm)
 
 # %% ../nbs/05_mixing.ipynb #d7fc5220
 TIMED = ("regime", "log_decay", "inject", "persistence")  # the coefficients that change from step to step
