@@ -252,7 +252,7 @@ def regime_table(metrics: Mapping) -> pd.DataFrame:
     "The share of each regime, in each fold and in all of them; the cells are text."
     return _rows(metrics, lambda scores: {("regime", str(r + 1)): _show(share, "{:.0%}") for r, share in enumerate(scores.get("regime", []))})
 
-# %% ../nbs/20_report.ipynb #306bdc9c
+# %% ../nbs/20_report.ipynb #1287bd41
 def _verdict(verdict) -> tuple:
     "Outcome and reason of a verdict."
     return (verdict, "") if isinstance(verdict, str) else (verdict["outcome"], verdict.get("reason", ""))
@@ -263,7 +263,7 @@ def summary_table(metrics: Mapping) -> pd.DataFrame:
     for (head, score), (column, whose, form) in SCORES.items():
         row, cell = rows.setdefault(head, {"Forecast, score": column}), _show(overall.get(head, {}).get(score), form)
         if whose == "model": row["Model"] = cell
-        else: row["Baseline"], row["Verdict"] = f"{cell} ({whose})", " ".join(_verdict(overall["verdicts"][head])).strip()
+        else: row["Baseline"], row["Verdict"] = f"{cell} ({whose})", ". ".join(filter(None, _verdict(overall["verdicts"][head])))
     return pd.DataFrame(rows.values())
 
 # %% ../nbs/20_report.ipynb #a6d9805b
