@@ -10,8 +10,9 @@ __all__ = ['TIMED', 'ROWS', 'Mixing', 'MixedState', 'initial_mixed', 'processed'
            'read_carried', 'read_first', 'mixed_chunks', 'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks',
            'mixed_chunkwise']
 
-# %% ../nbs/05_mixing.ipynb #107d273d
+# %% ../nbs/05_mixing.ipynb #790efec8
 import math
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -329,12 +330,13 @@ def network_rows(v, C0, X0, Cm0, q, k, regime, mix: Mixing, kernel: Kernel, fade
     Cm = (mix.read[:, None, None] * X).sum(2) + mix.skip * Cr[:, :, -1]
     return torch.einsum("bhtij,bhtj->bhti", Cf, q), C[:, :, -1], X, Cm
 
-# %% ../nbs/05_mixing.ipynb #4042ea48
+# %% ../nbs/05_mixing.ipynb #63a9b562
 def mixed_networks(q, k, v, log_i, log_f, mix: Mixing, theta: float, state: MixedState, L: int) -> tuple[Tensor, MixedState]:
     "The mixed memory with networks as processors: inputs [B, H, T, d], chunks of L steps, blocks of ROWS rows."
     log_g, outputs = growth(log_f, mix), []
-    for part in torch.arange(q.shape[2]).split(L):
-        now = slice(int(part[0]), int(part[-1]) + 1)
+    run = partial(checkpoint, network_rows, use_reentrant=False) if torch.is_grad_enabled() else network_rows
+    for start in range(0, q.shape[2], L):
+        now = slice(start, min(start + L, q.shape[2]))
         timed = {name: getattr(mix, name)[:, now] for name in TIMED}
         chunk = mix._replace(**timed)
         kernel = Kernel(*(x.squeeze(1) for x in mixing_kernel(mix._replace(**{name: x.unsqueeze(1) for name, x in timed.items()}))))
@@ -344,7 +346,7 @@ def mixed_networks(q, k, v, log_i, log_f, mix: Mixing, theta: float, state: Mixe
         relative, up = torch.exp(state.m - fade.scale), torch.exp(fade.scale - boundary[..., 1])
         shared = q[:, :, now], k[:, :, now], chunk.regime, chunk, kernel, fade, relative, chunk.log_decay.sum(1).exp().unsqueeze(1)
         blocks = zip(v[:, :, now].split(ROWS, -1), *(x.split(ROWS, -2) for x in (state.C, state.X, state.Cm)))
-        read, *ends = (torch.cat(parts, dim) for parts, dim in zip(zip(*(checkpoint(network_rows, *block, *shared, use_reentrant=False) for block in blocks)), (-1, -2, -2, -2)))
+        read, *ends = (torch.cat(parts, dim) for parts, dim in zip(zip(*(run(*block, *shared) for block in blocks)), (-1, -2, -2, -2)))
         C, X, Cm = (up.view(*up.shape, *[1] * (end.dim() - 2)) * end for end in ends)
         n_t = fade.written @ k[:, :, now] + fade.carried[..., None] * state.n.unsqueeze(2)
         outputs.append(normalized_read(read, (n_t * q[:, :, now]).sum(-1), fade.scale[..., None].expand_as(fade.carried), theta))
