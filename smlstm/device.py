@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DeviceError', 'xla_hardware', 'pick_device', 'parse_device', 'mark_step', 'synchronize', 'to_device',
-           'read', 'seed_everything', 'get_rng_state', 'set_rng_state', 'autocast', 'Replicas', 'replicas', 'all_sum']
+           'read', 'seed_everything', 'get_rng_state', 'set_rng_state', 'autocast', 'Replicas', 'replicas', 'all_sum',
+           'launch']
 
-# %% ../nbs/13_device.ipynb #a587d1ff
+# %% ../nbs/13_device.ipynb #2c3d0f69
+import math
 import os
 import random
 import tempfile
 from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -91,28 +92,28 @@ def seed_everything(seed: int, device: torch.device):
         import torch_xla
         torch_xla.manual_seed(seed)
 
-# %% ../nbs/13_device.ipynb #9057ee61
+# %% ../nbs/13_device.ipynb #6edf0769
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     "States of the generators that `seed_everything` seeds, as integer tensors."
-    version, words, gauss = random.getstate()
+    _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"torch": torch.get_rng_state(),
-             "python": torch.tensor(words), "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-             "numpy": torch.tensor(keys.astype(np.int64)), "numpy_position": torch.tensor([position, has_gauss]),
-             "numpy_gauss": torch.tensor([cached], dtype=torch.float64)}
+    halves = torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64)     # spare normal numbers
+    state = {"torch": torch.get_rng_state(), "python": torch.tensor(words), "numpy": torch.tensor(keys.astype(np.int64)),
+             "numpy_position": torch.tensor([position, has_gauss]), "halves": halves.view(torch.int64)}
     if device.type == "xla":
         import torch_xla.core.xla_model as xm
         state["device"] = torch.tensor([xm.get_rng_state(device)])
     elif device.type != "cpu": state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
-# %% ../nbs/13_device.ipynb #00f40b9d
+# %% ../nbs/13_device.ipynb #381a4b6e
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device):
     "Put the generators back to where `get_rng_state` found them."
-    torch.set_rng_state(state["torch"])
-    random.setstate((3, tuple(state["python"].tolist()), *(state["python_gauss"].tolist() or [None])))
+    torch.set_rng_state(state["torch"].clone())     # torch ignores the offset of a view
+    gauss, cached = state["halves"].view(torch.float64).tolist()
+    random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
     position, has_gauss = state["numpy_position"].tolist()
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     if device.type == "xla":
         import torch_xla.core.xla_model as xm
         xm.set_rng_state(int(state["device"].item()), device)
@@ -151,3 +152,35 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+# %% ../nbs/13_device.ipynb #2a4dfc82
+def launch(
+    fn,  # a module's function
+    *args,  # its arguments
+    device: str = "auto",  # see `pick_device`
+    processes: int | None = None,  # how many; None for one per accelerator. XLA decides for itself
+):
+    "Run `fn(*args)` once per replica, and wait for all."
+    if device == "xla" or (device == "auto" and xla_hardware() == "TPU"):
+        import torch_xla
+        return torch_xla.launch(_replica, args=(fn, args))
+    if "RANK" in os.environ: return _joined(fn, args, device)
+    count = processes or max(torch.accelerator.device_count(), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_spawned, (fn, args, device, count, f"file://{folder}/meeting"), nprocs=count)
+
+
+def _replica(rank, fn, args): fn(*args)
+
+# %% ../nbs/13_device.ipynb #79cb9964
+def _spawned(rank, fn, args, device, count, meeting):
+    "What a new process does first: say who it is, as torchrun would."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    _joined(fn, args, device, init_method=meeting, rank=rank, world_size=count)
+
+
+def _joined(fn, args, device, **where):
+    "Join the other processes, run, leave."
+    dist.init_process_group("nccl" if pick_device(device).type == "cuda" else "gloo", **where)
+    try: fn(*args)
+    finally: dist.destroy_process_group()

@@ -1,0 +1,374 @@
+"""Training under adversity: kills, damaged files, several processes, batches that are not finite."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings as examples, strategies as st
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smlstm.training as training
+from smlstm.device import launch
+from smlstm.training import CheckpointError, NonFiniteError, TrainConfig, load_checkpoint, save_checkpoint
+
+from training_kit import SmallForecaster, loaders, losses, settings, train, train_shared, train_to_file
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- killed and resumed
+
+def forkserver():
+    """Processes that start with everything imported: a kill costs milliseconds, not an import of torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_kit"])
+    return context
+
+
+def run_killed_at(context, delay, arguments):
+    """Start a training process and kill it after `delay` seconds; True where it had not ended by itself."""
+    process = context.Process(target=train_to_file, args=arguments)
+    process.start()
+    process.join(delay)
+    alive = process.is_alive()
+    if alive:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    else:
+        assert process.exitcode == 0
+    return alive
+
+
+def kill_until(folder, kills, seed):
+    """Kill runs at random moments, resume them each time, `kills` times in all; every finished run equals the uninterrupted one."""
+    context, draw = forkserver(), random.Random(seed)
+    config = settings(epochs=4, checkpoint_every=1)
+    began = time.perf_counter()
+    assert not run_killed_at(context, None, (folder / "whole.pt", folder / "whole", False, config))
+    duration, whole = time.perf_counter() - began, torch.load(folder / "whole.pt")
+    killed, places, finished = 0, set(), 0
+    while killed < kills or not finished:
+        run = folder / f"run{finished}"
+        delay = draw.uniform(0, duration * 1.2) if killed < kills else None
+        if run_killed_at(context, delay, (folder / "again.pt", run, True, config)):
+            killed += 1
+            if (run / "latest.safetensors").exists():
+                facts = load_checkpoint(run / "latest.safetensors")[1]
+                places.add((facts["epoch"], facts["batch"]))
+        else:
+            again = torch.load(folder / "again.pt")
+            assert torch.equal(again["weights"], whole["weights"])
+            assert again["losses"] == whole["losses"]
+            assert not list(run.glob("*.tmp"))
+            finished += 1
+    return places
+
+
+def test_killed_three_times_ends_with_the_same_bits(tmp_path):
+    kill_until(tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_ends_with_the_same_bits(tmp_path):
+    places = kill_until(tmp_path, kills=50, seed=1)
+    assert len(places) > 10 and any(batch for _, batch in places), places
+
+
+@pytest.mark.parametrize("at", [1, 3, 7, 8, 11])
+def test_stopped_after_any_save_ends_with_the_same_bits(tmp_path, monkeypatch, at):
+    """Stopped right after the `at`-th checkpoint: no randomness in where."""
+    history, whole = train(config=settings(checkpoint_every=2))
+    saves, save_run = [], training.save_run
+
+    def failing(run, path, done=False):
+        save_run(run, path, done)
+        saves.append(path)
+        if len(saves) == at: raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_run", failing)
+    with pytest.raises(KeyboardInterrupt): train(tmp_path, config=settings(checkpoint_every=2))
+    monkeypatch.setattr(training, "save_run", save_run)
+    random.random(), torch.rand(3)
+    again, weights = train(tmp_path, resume=True, config=settings(checkpoint_every=2))
+    assert torch.equal(weights, whole)
+    assert losses(again) == losses(history)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    history, weights = train(tmp_path)
+    monkeypatch.setattr(training, "train_epoch", None)
+    again, same = train(tmp_path, resume=True)
+    assert torch.equal(weights, same) and again.to_dict() == history.to_dict()
+
+
+def test_early_stopping_survives_an_interruption(tmp_path):
+    config = settings(epochs=12, patience=2, min_delta=0.3, checkpoint_every=1)
+    history, weights = train(config=config)
+    assert history.stopped_early and len(history.epochs) < 12
+    stopped = tmp_path / "latest.safetensors"
+    train(tmp_path, config=config)
+    tensors, facts = load_checkpoint(stopped)
+    assert facts["done"] and facts["waiting"] == 2
+    again, same = train(tmp_path, resume=True, config=config)
+    assert again.stopped_early and torch.equal(weights, same)
+
+
+# ---- files
+
+def test_files_hold_the_best_weights_and_the_log(tmp_path):
+    history, weights = train(tmp_path)
+    best, facts = load_checkpoint(tmp_path / "best.safetensors")
+    assert facts["epoch"] == history.best_epoch
+    model = SmallForecaster()
+    model.load_state_dict(best)
+    assert torch.equal(training.flatten(model.parameters()), weights)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == len(history.epochs) + 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "latest.safetensors", "log.csv"]
+    assert json.loads(json.dumps(history.to_dict(), allow_nan=False))["best_epoch"] == history.best_epoch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    train(path, config=settings(epochs=1))
+    return path / "latest.safetensors"
+
+
+@examples(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_flipped_byte_goes_unnoticed(checkpoint, data):
+    content = bytearray(checkpoint.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 3000))
+    content[place] ^= data.draw(st.integers(1, 255))
+    damaged = checkpoint.with_name("damaged")
+    damaged.write_bytes(content)
+    try: tensors, facts = load_checkpoint(damaged)
+    except CheckpointError as error: assert str(damaged) in str(error)
+    else:
+        wanted, wanted_facts = load_checkpoint(checkpoint)
+        assert facts == wanted_facts and wanted.keys() == tensors.keys()
+        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 100, -1])
+def test_a_cut_file_is_refused(checkpoint, length):
+    cut = checkpoint.with_name("cut")
+    cut.write_bytes(checkpoint.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match="damaged"): load_checkpoint(cut)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "latest.safetensors")
+    with pytest.raises(CheckpointError, match="not a checkpoint"): train(tmp_path, resume=True)
+    torch.save({"a": 1}, tmp_path / "latest.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint"): train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("other, named", [
+    ({"config": settings(learning_rate=0.5)}, "learning_rate is 0.01 there and 0.5 here"),
+    ({"config": settings(seed=1)}, "seed is 0 there and 1 here"),
+    ({"model": SmallForecaster(hidden_size=6)}, "hidden_size"),
+    ({"data": lambda: loaders(rows=280)}, "batches|first validation batch"),
+])
+def test_another_runs_checkpoint_is_refused(tmp_path, other, named):
+    train(tmp_path, config=settings())
+    before = (tmp_path / "latest.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=named): train(tmp_path, resume=True, **other)
+    assert (tmp_path / "latest.safetensors").read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "latest.safetensors"
+    save_checkpoint(path, {"a": torch.ones(2)}, {"n": 1})
+
+    def full(*_): raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError): save_checkpoint(path, {"a": torch.zeros(2)}, {"n": 2})
+    assert load_checkpoint(path)[1] == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["latest.safetensors"]
+
+
+def test_checkpoints_are_plain_safetensors(checkpoint):
+    assert "state.weights" in load_file(checkpoint)
+
+
+# ---- the guard
+
+class Poisoned:
+    """Makes the batches at some places, counted over the run, not finite."""
+
+    def __init__(self, loader, places, value=math.nan): self.loader, self.places, self.value, self.count = loader, places, value, 0
+    def __len__(self): return len(self.loader)
+    def set_epoch(self, epoch): self.loader.set_epoch(epoch)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch._replace(x=batch.x + self.value) if self.count in self.places else batch
+            self.count += 1
+
+
+def poisoned(*places, value=math.nan):
+    train_loader, valid = loaders()
+    return lambda: (Poisoned(train_loader, places, value), valid)
+
+
+def test_one_bad_batch_is_left_out_exactly():
+    """With the bad batch skipped, the run equals one whose loader masks that batch out."""
+    train_loader, valid = loaders()
+
+    class Masked(Poisoned):
+        def __iter__(self):
+            for batch in self.loader:
+                yield batch._replace(mask=batch.mask * 0) if self.count in self.places else batch
+                self.count += 1
+
+    history, weights = train(data=poisoned(9), dropout=0.0)
+    masked, wanted = train(data=lambda: (Masked(train_loader, (9,)), valid), dropout=0.0)
+    assert history.skipped == 1 and masked.skipped == 0
+    assert torch.equal(weights, wanted)
+
+
+def test_an_update_with_nothing_left_changes_nothing():
+    history, _ = train(data=poisoned(0, 1), config=settings(epochs=1))
+    assert history.skipped == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_three_in_a_row_stop_and_leave_finite_weights(value, tmp_path):
+    model, n = SmallForecaster(), len(loaders()[0])
+    with pytest.raises(NonFiniteError, match="3 batches in a row were not finite in epoch 1"):
+        train(tmp_path, model=model, data=poisoned(n - 1, n, n + 1, value=value))        # across the border of two epochs
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert load_checkpoint(tmp_path / "latest.safetensors")[1]["epoch"] == 1             # from before the trouble
+
+
+def test_two_and_two_in_a_row_do_not_stop():
+    history, _ = train(data=poisoned(2, 3, 5, 6))
+    assert history.skipped == 4
+
+
+def test_validation_that_is_never_finite_is_an_error():
+    train_loader, valid = loaders()
+    with pytest.raises(NonFiniteError, match="never finite"):
+        train(data=lambda: (train_loader, Poisoned(valid, range(1000))), config=settings(patience=2))
+
+
+# ---- reads
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device's value."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(function) or "nonzero" in str(function): self.reads.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_inside_an_epoch(monkeypatch):
+    counters = []
+
+    def counted(run, *args):
+        with CountReads() as counter: train_epoch(run, *args)
+        counters.append(counter.reads)
+
+    train_epoch = training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", counted)
+    train()
+    assert counters == [[]] * 4
+
+
+def test_the_host_reads_once_per_epoch(monkeypatch):
+    calls, read = [], training.read
+    monkeypatch.setattr(training, "read", lambda values: calls.append(1) or read(values))
+    train()
+    assert len(calls) == 4
+
+
+# ---- several processes
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The same run by one process and by two, which share each batch."""
+    folder = tmp_path_factory.mktemp("shared")
+    launch(train_shared, folder / "two.pt", 0.0, None, 8, device="cpu", processes=2)
+    train_shared(folder / "one.pt", 0.0, None, 8)
+    return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
+
+
+def test_two_processes_find_the_losses_of_one(shared):
+    one, two = shared
+    gap = (torch.tensor(one["losses"]) - torch.tensor(two["losses"])).abs().max()
+    assert gap < 1e-6, gap
+    assert (one["weights"] - two["weights"]).abs().max() < 1e-5
+
+
+def test_two_processes_resume_with_the_same_bits(tmp_path):
+    """Each replica has its own dropout; both go on where they were."""
+    launch(train_shared, tmp_path / "whole.pt", 0.2, tmp_path / "whole", 8, device="cpu", processes=2)
+    run = tmp_path / "again"
+    run.mkdir()
+    with pytest.raises(Exception, match="stopped on purpose"):
+        launch(train_and_stop, tmp_path / "again.pt", run, device="cpu", processes=2)
+    assert load_checkpoint(run / "latest.safetensors")[1]["epoch"] == 2
+    launch(train_shared, tmp_path / "again.pt", 0.2, run, 8, device="cpu", processes=2)
+    whole, again = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "again.pt")
+    assert torch.equal(whole["weights"], again["weights"]) and whole["losses"] == again["losses"]
+
+
+def train_and_stop(path, folder):
+    """Stops both replicas after the second epoch's checkpoint."""
+    save_epoch = training.save_epoch
+
+    def stopping(run, *args):
+        save_epoch(run, *args)
+        if run.epoch == 2: raise RuntimeError("stopped on purpose")
+
+    training.save_epoch = stopping
+    train_shared(path, 0.2, folder, 8)
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 15 rows cannot be shared evenly by 2"):
+        training._share(next(iter(loaders(batch_size=15)[0])), 0, 2)
+
+
+# ---- settings
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"accumulate": 0}, {"learning_rate": -1.0}, {"learning_rate": math.nan}, {"clip": 0.0},
+                                    {"patience": 0}, {"min_delta": -1.0}, {"precision": "float16"}, {"pos_weight": 0.0}, {"warmup_epochs": -1}])
+def test_settings_that_make_no_sense_are_named(change):
+    (name, value), = change.items()
+    with pytest.raises(ValueError, match=name) as error: TrainConfig(**change)
+    assert str(value) in str(error.value)
+
+
+def test_accumulation_equals_one_large_batch():
+    """Two batches of 16 accumulated, or one of 32: the same weights, partial last batch and all."""
+    _, two = train(data=lambda: plain(16), config=settings(accumulate=2), dropout=0.0)
+    _, one = train(data=lambda: plain(32), config=settings(accumulate=1), dropout=0.0)
+    assert (one - two).abs().max() < 1e-5
+
+
+def plain(batch_size):
+    """Loaders without shuffling and noise, the same rows in the same order whatever the batch size."""
+    from smlstm.sequences import create_sequences, create_tpu_dataloader
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 4, generator=generator).numpy(), torch.rand(200, 3, generator=generator).numpy()
+    dataset = create_sequences(x, y, 12, augment=False)
+    return create_tpu_dataloader(dataset, batch_size, shuffle=False), create_tpu_dataloader(dataset, 32, shuffle=False)
