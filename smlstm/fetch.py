@@ -64,8 +64,8 @@ class RateLimited(TransientFailure):
 class BadPrices(FetchError):
     "What came back, or what a file holds, is not a usable price history."
 
-# %% ../nbs/10_fetch.ipynb #cd4eaada
-_TICKER = re.compile(r"\^?[A-Za-z0-9]+(?:[.=&-][A-Za-z0-9]+)*")
+# %% ../nbs/10_fetch.ipynb #2c6bdf92
+_TICKER = re.compile(r"(?![A-Za-z]{2}[A-Za-z0-9]{9}\d$)\^?[A-Za-z0-9]+(?:[.=&-][A-Za-z0-9]+)*")     # an ISIN is no symbol
 
 def check_ticker(
     ticker: str,                     # as typed
@@ -307,13 +307,13 @@ def _read_dates(values: pd.Series, interval: str, where: str) -> pd.DatetimeInde
     except (ValueError, TypeError) as error:
         raise BadPrices(f"{where}: the dates cannot be read: {error}") from None
 
-# %% ../nbs/10_fetch.ipynb #aea5a15f
+# %% ../nbs/10_fetch.ipynb #d6cd87dc
 def _read_file(path: Path, interval: str) -> pd.DataFrame:
     "A frame from .csv or .parquet, its dates from a column named date, datetime or timestamp, the index, or the first column."
     if not path.is_file():
         raise InvalidRequest(f"there is no file {str(path)!r}: source is 'auto', 'yahoo', 'sample' or a path to .csv or .parquet")
     try:
-        raw = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        raw = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path)
     except Exception as error:                                          # pyarrow and pandas raise many kinds
         raise BadPrices(f"{path.name} cannot be read as {path.suffix[1:]}: {error}") from None
     if isinstance(raw.index, pd.DatetimeIndex):
@@ -458,7 +458,7 @@ def _seconds(header: str) -> float:
         return 0.0
     return min(max(wait, 0.0), 3600.0)
 
-# %% ../nbs/10_fetch.ipynb #112e3249
+# %% ../nbs/10_fetch.ipynb #73f2f7cf
 _CALENDARS = {"America/New_York": "XNYS", "America/Toronto": "XTSE", "Europe/London": "XLON", "Europe/Berlin": "XETR", "Europe/Paris": "XPAR",
               "Europe/Zurich": "XSWX", "Asia/Tokyo": "XTKS", "Asia/Hong_Kong": "XHKG", "Australia/Sydney": "XASX"}
 
@@ -467,12 +467,14 @@ def exchange_calendar(
     exchange: str,                   # ISO 10383 code, such as XNYS
     year: int = 1990,                # the first that is needed
 ):
-    "A calendar of exchange_calendars (imported here: it is slow), from `year` to a year from now."
+    "A calendar of exchange_calendars (imported here: it is slow), from `year`, or from when it is known, to a year from now."
     import exchange_calendars
     try:
         return exchange_calendars.get_calendar(exchange, start=f"{year}-01-01")
-    except (exchange_calendars.errors.InvalidCalendarName, ValueError) as error:
-        raise InvalidRequest(f"no calendar for the exchange {exchange!r} from {year}: {error}") from None
+    except exchange_calendars.errors.InvalidCalendarName:
+        raise InvalidRequest(f"no calendar for the exchange {exchange!r}: use its ISO 10383 code, such as XNYS") from None
+    except ValueError:                                                  # the calendar's knowledge begins later
+        return exchange_calendars.get_calendar(exchange)
 
 # %% ../nbs/10_fetch.ipynb #fd787032
 def _expected(meta: dict, first: pd.Timestamp, last: pd.Timestamp, interval: str) -> "pd.DatetimeIndex | None":
@@ -792,7 +794,7 @@ def _joined(stored: "Stored | None", pieces: "list[Answer]") -> pd.DataFrame:
     frame = pd.concat([frame for frame in frames if len(frame)])
     return frame[~frame.index.duplicated(keep="last")].sort_index()
 
-# %% ../nbs/10_fetch.ipynb #f9c04a07
+# %% ../nbs/10_fetch.ipynb #c8e97261
 def load_prices(
     ticker: str = "SPY",             # Yahoo symbol
     source: str = "auto",            # "auto", "yahoo", "sample", or a path to .csv or .parquet
@@ -809,16 +811,18 @@ def load_prices(
         prices = _sample(ticker, interval, start, end)
     elif source in ("auto", "yahoo"):
         prices = _from_yahoo(ticker, source, start, end, interval, cache_dir, retries, delay)
-    else:
+    elif isinstance(source, (str, os.PathLike)):
         prices = _from_file(ticker, Path(source), start, end, interval)
+    else:
+        raise InvalidRequest(f"{source!r} is not a source: choose 'auto', 'yahoo', 'sample' or a path to .csv or .parquet")
     for note in prices.provenance.notes:
         tqdm.write(f"{ticker}: {note}")
     return prices
 
-# %% ../nbs/10_fetch.ipynb #dd574ed3
+# %% ../nbs/10_fetch.ipynb #eddde281
 def _from_file(ticker: str, path: Path, start, end, interval: str) -> Prices:
     "Prices of a file between two dates."
-    if path.suffix not in (".csv", ".parquet"):
+    if path.suffix.lower() not in (".csv", ".parquet"):
         raise InvalidRequest(f"{str(path)!r} is not a source: choose 'auto', 'yahoo', 'sample' or a path to .csv or .parquet")
     frame, report = clean_prices(_read_file(path, interval))
     cut = _cut(frame, *(None if t is None else _moment(t, interval, n) for n, t in (("start", start), ("end", end))))

@@ -140,7 +140,7 @@ def test_empty_three_times_is_no_prices(yahoo):
 @pytest.mark.parametrize("bad, kind", [
     (dict(ticker="../../etc/passwd"), InvalidRequest), (dict(ticker="A/B"), InvalidRequest), (dict(interval="7q"), InvalidRequest),
     (dict(start="2016-01-01", end="2015-01-01"), InvalidRequest), (dict(start="2999-01-01"), InvalidRequest), (dict(start="soon"), InvalidRequest),
-    (dict(source="nowhere"), InvalidRequest), (dict(source="nowhere.csv"), InvalidRequest), (dict(interval="1h", start="2001-01-01"), RangeOutOfReach),
+    (dict(source="nowhere"), InvalidRequest), (dict(source=None), InvalidRequest), (dict(ticker="US0378331005"), InvalidRequest), (dict(source="nowhere.csv"), InvalidRequest), (dict(interval="1h", start="2001-01-01"), RangeOutOfReach),
     (dict(source="sample", ticker="AAPL"), InvalidRequest), (dict(source="sample", start="2020-01-01"), NoPrices),
 ])
 def test_wrong_requests_never_reach_the_wire(yahoo, tmp_path, bad, kind):
@@ -212,6 +212,13 @@ def test_sessions_east_of_greenwich_keep_their_dates(yahoo, exchange, zone):
     frame = safe_fetch("EAST", START, END, **FAST)
     same(frame, truth(series, START, END))
     assert frame.index.isin(calendar(exchange).sessions).all() and frame.index.tz is None
+
+
+@pytest.mark.parametrize("exchange", ["XTKS", "XHKG", "XNYS"])
+def test_calendars_begin_when_they_are_known(exchange):
+    assert len(fetch.exchange_calendar(exchange, 1960).sessions) > 4000
+    with pytest.raises(InvalidRequest, match="ISO 10383"):
+        fetch.exchange_calendar("NYSE-ish")
 
 
 def test_a_market_without_volume_or_calendar(yahoo):
