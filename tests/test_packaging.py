@@ -21,7 +21,8 @@ COLAB = {"numpy": "2.1.3", "pandas": "2.2.3", "scikit-learn": "1.6.1", "torch": 
 def requirements(kind="requirements"):
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    return {canonicalize_name(r.name): r for r in map(Requirement, config["DEFAULT"][kind].split())}
+    wanted = [Requirement(text) for text in config["DEFAULT"][kind].split()]
+    return {canonicalize_name(r.name): r for r in wanted if not r.marker}
 
 
 def test_bounds_admit_what_colab_has():
