@@ -16,16 +16,16 @@ from scipy.stats import norm
 
 from .metrics import hit_rate, qlike
 
-# %% ../nbs/21_planted.ipynb #7f94a489
+# %% ../nbs/21_planted.ipynb #a9008463
 class Planted(NamedTuple):
     "A series as a forecaster sees it, and what the best forecaster would say at each row. Frames of equal rows; targets lie one row ahead."
     features: pd.DataFrame  # known at the row
     targets: pd.DataFrame   # log_return, up, log_variance
     oracle: pd.DataFrame    # up_probability, log_return, variance
 
-def _planted(returns, variance, up_probability, mean, extra=None) -> Planted:
+def _planted(returns, variance, up_probability, mean) -> Planted:
     "Row t holds features of return t and targets of return t + 1; `variance` is measured, [n + 1]."
-    frame = pd.DataFrame({"return": returns[:-1], "size": np.abs(returns[:-1]), "log_variance": np.log(variance[:-1]), **(extra or {})})
+    frame = pd.DataFrame({"return": returns[:-1], "last_return": np.r_[0.0, returns[:-2]], "size": np.abs(returns[:-1]), "log_variance": np.log(variance[:-1])})
     targets = pd.DataFrame({"log_return": returns[1:], "up": (returns[1:] > 0).astype(float), "log_variance": np.log(variance[1:])})
     return Planted(frame, targets, pd.DataFrame({"up_probability": up_probability, "log_return": mean}))
 

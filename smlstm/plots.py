@@ -7,9 +7,7 @@ __all__ = ['ACTUAL', 'MODEL', 'BASELINE', 'SOFT', 'REGIMES', 'STYLE', 'LOSSES', 
            'plot_forecast', 'plot_regimes', 'plot_calibration', 'plot_loss_difference', 'plot_volatility',
            'plot_memory', 'interactive_price_regimes']
 
-# %% ../nbs/17_plots.ipynb #289f7b75
-from typing import Mapping
-
+# %% ../nbs/17_plots.ipynb #b9846249
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -74,11 +72,12 @@ def plot_folds(folds,  # from `time_folds`
     axes.grid(axis="y"); axes.invert_yaxis(); _dated(axes, index)
     return figure
 
-# %% ../nbs/17_plots.ipynb #54c823f5
+# %% ../nbs/17_plots.ipynb #c477979c
 @mpl.rc_context(STYLE)
-def plot_training(history: Mapping,  # lists of one number an epoch, named train..., valid...
+def plot_training(history,  # a `History`, its frame, or lists of one number an epoch by name: train_..., valid_...
                   ) -> Figure:
     "Training and validation losses by epoch, a panel for each kind of loss."
+    if hasattr(history, "to_frame"): history = history.to_frame()
     names = [name for name in history if name.startswith(("train", "valid"))]
     if not names: raise ValueError(f"the history holds {', '.join(history) or 'nothing'}: expected lists named train... and valid...")
     kinds = list(dict.fromkeys(name[5:].strip("_") for name in names))
