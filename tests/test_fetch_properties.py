@@ -10,8 +10,7 @@ from smlstm.fetch import (COLUMNS, INTERVALS, Answer, BadPrices, FetchError, Inv
                           frame_hash, merge_datasets, split_range)
 from yahoo_server import calendar
 
-settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("quick")
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 prices = st.one_of(st.floats(0.01, 1e6), st.sampled_from([np.nan, 0.0, -1.0, np.inf, 100.0, 100.0, 100.0]))
 days = st.integers(0, 400).map(lambda n: pd.Timestamp("2020-01-01") + pd.Timedelta(days=n))
@@ -24,6 +23,7 @@ def frames(draw):
     return pd.DataFrame(rows, columns=COLUMNS, index=pd.DatetimeIndex(dates, name="date"), dtype=float)
 
 
+@QUICK
 @given(frames())
 def test_clean_prices_gives_a_price_frame_or_an_error(frame):
     try:
@@ -40,6 +40,7 @@ def test_clean_prices_gives_a_price_frame_or_an_error(frame):
         assert ((originals["date"] == date) & (originals["close"] == row.close)).any()
 
 
+@QUICK
 @given(st.text(max_size=25) | st.none() | st.integers())
 def test_a_ticker_is_plain_or_refused(text):
     try:
@@ -49,6 +50,7 @@ def test_a_ticker_is_plain_or_refused(text):
     assert symbol == symbol.upper() and symbol.isascii() and not set(symbol) & set("/\\:\0\n ") and ".." not in symbol
 
 
+@QUICK
 @given(st.integers(1, 9000), st.integers(0, 4000), st.sampled_from(list(INTERVALS)), st.integers(1, 8))
 def test_chunks_touch_and_cover(length, offset, interval, workers):
     first = pd.Timestamp("2000-01-01") + pd.Timedelta(days=offset)
@@ -64,6 +66,7 @@ def plain(dates, seed):
     return pd.DataFrame(rng.uniform(1, 9, (len(dates), 5)), index=pd.DatetimeIndex(sorted(set(dates)), name="date")[:len(dates)], columns=COLUMNS)
 
 
+@QUICK
 @given(st.sets(days, min_size=1), st.lists(st.sets(days, min_size=1), min_size=1, max_size=4))
 def test_joins_keep_every_date_and_the_newest_value(old, pieces):
     stored = Stored(plain(old, 0), {})
@@ -78,7 +81,7 @@ def test_joins_keep_every_date_and_the_newest_value(old, pieces):
 SESSIONS = calendar().sessions_in_range("2023-10-01", "2024-12-31")
 
 
-@settings(max_examples=25)
+@settings(QUICK, max_examples=25)
 @given(st.sets(st.sampled_from(list(SESSIONS)), min_size=1, max_size=20), st.sets(st.integers(0, 24 * 450), max_size=30), st.integers(0, 99))
 def test_merge_shows_a_day_only_after_its_close(sessions, hours, seed):
     daily = plain(list(sessions), seed)
@@ -92,6 +95,7 @@ def test_merge_shows_a_day_only_after_its_close(sessions, hours, seed):
         assert np.isnan(row.close_daily) if not known else row.close_daily == daily.close[known[-1]]
 
 
+@QUICK
 @given(frames(), st.sampled_from(["last", "linear_lookahead", "spline"]), st.booleans())
 def test_merge_of_anything_is_a_frame_or_a_clear_error(daily, how, zoned):
     hours = pd.date_range("2020-01-02", periods=40, freq="7h", tz="UTC" if zoned else None)
