@@ -477,7 +477,7 @@ def _past_quantile(scores, level, window, minimum, horizon, rate):
         if len(past) >= minimum: out[row] = np.partition(past, rank - 1)[rank - 1]
     return out
 
-# %% ../nbs/16_evaluation.ipynb #e4e7816a
+# %% ../nbs/16_evaluation.ipynb #ff22e65c
 def conformal_intervals(forecasts: pd.DataFrame,  # a forecast frame; rows that wait for their outcome get an interval too
                         level=0.9,    # nominal coverage
                         window=250,   # past errors that count
@@ -485,13 +485,14 @@ def conformal_intervals(forecasts: pd.DataFrame,  # a forecast frame; rows that 
                         rate=0.01,    # how fast the width follows misses; 0 for plain split-conformal
                         horizon=1) -> pd.DataFrame:
     "The frame with `lower_close`, `upper_close`, `lower_variance` and `upper_variance`."
-    f, sigma = forecasts, np.sqrt(forecasts.forecast_variance)
+    f = forecasts[["actual_close", "forecast_close", "actual_variance", "forecast_variance"]].astype(float)
+    sigma = np.sqrt(f.forecast_variance)
     past = lambda scores, level: _past_quantile(np.asarray(scores, float), level, window, minimum, horizon, rate)
     width = past(np.abs(np.log(f.actual_close / f.forecast_close)) / sigma, level) * sigma
     ratio = np.log(f.actual_variance / f.forecast_variance)
     below, above = past(-ratio, (1 + level) / 2), past(ratio, (1 + level) / 2)
-    return f.assign(lower_close=f.forecast_close * np.exp(-width), upper_close=f.forecast_close * np.exp(width),
-                    lower_variance=f.forecast_variance * np.exp(-below), upper_variance=f.forecast_variance * np.exp(above))
+    return forecasts.assign(lower_close=f.forecast_close * np.exp(-width), upper_close=f.forecast_close * np.exp(width),
+                            lower_variance=f.forecast_variance * np.exp(-below), upper_variance=f.forecast_variance * np.exp(above))
 
 def interval_coverage(forecasts: pd.DataFrame) -> pd.DataFrame:
     "Share of outcomes inside their interval, for each fold and for all rows; rows without an interval do not count."
