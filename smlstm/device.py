@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'DeviceError', 'xla_hardware', 'pick_device', 'parse_device', 'mark_step', 'synchronize', 'to_device',
            'read', 'seed_everything', 'get_rng_state', 'set_rng_state', 'autocast', 'Replicas', 'replicas', 'all_sum',
-           'launch']
+           'launch', 'split_over_devices', 'split']
 
 # %% ../nbs/13_device.ipynb #2c3d0f69
 import math
@@ -92,7 +92,7 @@ def seed_everything(seed: int, device: torch.device):
         import torch_xla
         torch_xla.manual_seed(seed)
 
-# %% ../nbs/13_device.ipynb #6edf0769
+# %% ../nbs/13_device.ipynb #2080dc33
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     "States of the generators that `seed_everything` seeds, as integer tensors."
     _, words, gauss = random.getstate()
@@ -102,11 +102,11 @@ def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
              "numpy_position": torch.tensor([position, has_gauss]), "halves": halves.view(torch.int64)}
     if device.type == "xla":
         import torch_xla.core.xla_model as xm
-        state["device"] = torch.tensor([xm.get_rng_state(device)])
+        state["device"] = torch.tensor([xm.get_rng_state(device) - 2**63])     # unsigned, and torch's integers are not
     elif device.type != "cpu": state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
-# %% ../nbs/13_device.ipynb #381a4b6e
+# %% ../nbs/13_device.ipynb #0d0c829f
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device):
     "Put the generators back to where `get_rng_state` found them."
     torch.set_rng_state(state["torch"].clone())     # torch ignores the offset of a view
@@ -116,7 +116,7 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device):
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     if device.type == "xla":
         import torch_xla.core.xla_model as xm
-        xm.set_rng_state(int(state["device"].item()), device)
+        xm.set_rng_state(state["device"].item() + 2**63, device)
     elif device.type != "cpu": torch.get_device_module(device).set_rng_state(state["device"], device)
 
 # %% ../nbs/13_device.ipynb #dd4b0f7e
@@ -184,3 +184,21 @@ def _joined(fn, args, device, **where):
     dist.init_process_group("nccl" if pick_device(device).type == "cuda" else "gloo", **where)
     try: fn(*args)
     finally: dist.destroy_process_group()
+
+# %% ../nbs/13_device.ipynb #a8de5fd5
+def split_over_devices():
+    "On XLA, let the compiler split every batch that `to_device` moves over all devices. Call it before anything else."
+    import torch_xla.runtime as xr
+    xr.use_spmd()
+
+
+def split(batch, device: torch.device):
+    "The batch, its rows split over all devices where `split_over_devices` was called; elsewhere as it is."
+    if device.type != "xla": return batch
+    import torch_xla.distributed.spmd as xs
+    import torch_xla.runtime as xr
+    if not xr.is_spmd(): return batch
+    count, rows = xr.global_runtime_device_count(), batch[0].shape[0]
+    if rows % count: raise ValueError(f"a batch of {rows} rows cannot be shared evenly by {count} devices: change batch_size")
+    for tensor in batch: xs.mark_sharding(tensor, xs.Mesh(np.arange(count), (count,)), (0,) + (None,) * (tensor.ndim - 1))
+    return batch

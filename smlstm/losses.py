@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/08_losses.ipynb #92670139
+# %% ../nbs/08_losses.ipynb #0a0ae7e0
 def huber(error: torch.Tensor, delta: float = 1.0) -> torch.Tensor:
     "Elementwise Huber loss of an error: quadratic up to `delta`, linear beyond."
     size = error.abs()
-    inner = size.clamp(max=delta)
+    inner = size - F.relu(size - delta)
     return inner * (size - inner / 2)
 
 # %% ../nbs/08_losses.ipynb #27fa9ed4

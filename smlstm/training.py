@@ -10,7 +10,7 @@ __all__ = ['LIMIT', 'FORMAT', 'OWN', 'TrainConfig', 'lr_schedule', 'EarlyStoppin
            'load_checkpoint', 'fingerprint', 'check_same_run', 'every_replica', 'save_run', 'restore_run', 'save_epoch',
            'keep_best', 'fit']
 
-# %% ../nbs/14_training.ipynb #4fcccb6d
+# %% ../nbs/14_training.ipynb #60f7757d
 import hashlib
 import json
 import math
@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from .device import all_sum, autocast, get_rng_state, mark_step, pick_device, read, replicas, seed_everything, set_rng_state, to_device
+from .device import all_sum, autocast, get_rng_state, mark_step, pick_device, read, replicas, seed_everything, set_rng_state, split, to_device
 from .losses import CurriculumWeights, Losses, MultiObjectiveLoss, curriculum_weights
 
 # %% ../nbs/14_training.ipynb #27c09c52
@@ -120,7 +120,7 @@ def initial_state(params: list[nn.Parameter]) -> TrainState:
     P = len(weights)
     return TrainState(weights, zeros(P), zeros(P), zeros(P), zeros(2), zeros(4), zeros(3))
 
-# %% ../nbs/14_training.ipynb #90980852
+# %% ../nbs/14_training.ipynb #455704c1
 LIMIT = 3  # batches in a row that are not finite before training stops
 
 
@@ -130,7 +130,7 @@ def learn(model, params, objective, batch, weights: CurriculumWeights, state: Tr
     losses, rows = objective(forecast, batch.y, weights, batch.mask), batch.mask.sum()
     with torch.autograd.set_multithreading_enabled(False):
         gradient = flatten(torch.autograd.grad(losses.total * rows, params, allow_unused=True, materialize_grads=True))
-    good = torch.isfinite(losses.total) & torch.isfinite(gradient).all()
+    good = torch.isfinite(losses.total + gradient.norm())
     skipped, streak, stopped = state.faults
     streak = torch.where(good, 0.0, streak + 1)
     faults = torch.stack([skipped + ~good, streak, torch.maximum(stopped, (streak >= LIMIT).float())])
@@ -159,13 +159,13 @@ def decay_vector(params: list[nn.Parameter], weight_decay: float) -> torch.Tenso
     "`weight_decay` for the entries of matrices, zero for those of biases and gains."
     return flatten([torch.full_like(p, weight_decay if p.ndim > 1 else 0.0) for p in params])
 
-# %% ../nbs/14_training.ipynb #3030b0ed
+# %% ../nbs/14_training.ipynb #758f88bd
 def update(state: TrainState, rate, decay, clip: float) -> TrainState:
     "Take one optimizer step with the accumulated gradient, and start accumulating anew."
     total = all_sum(torch.cat([state.gradient, state.counts[:1], state.faults[2:]]))
     gradient, rows, stopped = total[:-2], total[-2], total[-1]
     stepped = adamw(state, clipped(gradient / rows.clamp(min=1), clip), rate, decay)
-    go = (rows > 0) & (stopped == 0) & torch.isfinite(stepped.weights).all()
+    go = (rows > 0) & (stopped == 0) & torch.isfinite(stepped.weights.norm())
     new = {name: torch.where(go, getattr(stepped, name), getattr(state, name)) for name in ("weights", "moment", "square", "counts")}
     counts = torch.stack([torch.zeros_like(rows), new.pop("counts")[1]])
     return state._replace(**new, gradient=torch.zeros_like(gradient), counts=counts)
@@ -221,7 +221,7 @@ def history_from_dict(facts: dict) -> History:
 
 History.to_dict = history_to_dict
 
-# %% ../nbs/14_training.ipynb #1bca610d
+# %% ../nbs/14_training.ipynb #b578a2b2
 @torch.no_grad()
 def validation_sums(model, loader, objective, device: torch.device, precision: str = "float32", place=(0, 1)) -> torch.Tensor:
     "Price, direction and volatility losses summed over rows, and the number of rows: [4], on the device."
@@ -232,7 +232,7 @@ def validation_sums(model, loader, objective, device: torch.device, precision: s
         losses, rows = objective(forecast, batch.y, CurriculumWeights(), batch.mask), batch.mask.sum()
         return torch.stack([*(loss * rows for loss in losses[1:]), rows])
     for batch in _batches(loader):
-        sums = sums + measure(to_device(_share(batch, *place), device))
+        sums = sums + measure(split(to_device(_share(batch, *place), device), device))
         mark_step(device)
     return sums
 
@@ -294,7 +294,7 @@ def start_run(model: nn.Module, train, valid, config: TrainConfig, device: torch
     return Run(model, train, valid, config, device, params, decay, MultiObjectiveLoss(config.pos_weight, config.huber_delta),
                state, state.weights, EarlyStopping(config.patience, config.min_delta))
 
-# %% ../nbs/14_training.ipynb #28dc4589
+# %% ../nbs/14_training.ipynb #077dcb4b
 def train_epoch(run: Run, bar, save_point=None):
     "The rest of the current epoch; `save_point(run)` is called every `checkpoint_every` batches."
     config, place, batches = run.config, replicas(run.device), len(run.train)
@@ -304,7 +304,7 @@ def train_epoch(run: Run, bar, save_point=None):
     schedule = torch.tensor([learning_rate(run), *curriculum_weights(run.epoch)]).to(run.device)
     run.model.train()
     for run.batch, batch in enumerate(stream, run.batch + 1):
-        batch = to_device(_share(batch, *place), run.device)
+        batch = split(to_device(_share(batch, *place), run.device), run.device)
         run.state = learn(run.model, run.params, run.objective, batch, CurriculumWeights(*schedule[1:]), run.state, config.precision)
         mark_step(run.device)
         if run.batch % config.accumulate == 0 or run.batch == batches:

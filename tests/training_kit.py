@@ -49,7 +49,7 @@ def train(checkpoint_dir=None, resume=False, config=None, dropout=0.2, device="c
     torch.manual_seed(0)
     model = model or SmallForecaster(dropout)
     history = fit(model, *data(), config or settings(), device=device, checkpoint_dir=checkpoint_dir, resume=resume, progress=False)
-    return history, flatten(model.parameters()).cpu()
+    return history, flatten([p.cpu() for p in model.parameters()])
 
 
 def train_to_file(path, *args, **kwargs):
