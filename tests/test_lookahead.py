@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from smlstm.evaluation import evaluate_fold
-from smlstm.fetch import load_prices
+from smlstm.evaluation import audit_causality, evaluate_fold
+from smlstm.fetch import load_prices, merge_datasets
 from smlstm.forecaster import WindowConfig, build_table, fit_forecaster
 from smlstm.sequences import time_folds
 from smlstm.training import TrainConfig
@@ -63,3 +63,19 @@ def test_the_test_can_fail(prices):
     moved = np.abs(new / old - 1)
     assert moved[: fold.test.start + 50].max() < 1e-6
     assert moved[fold.test.start + 51 : fold.test.stop].max() > 1e-3
+
+
+@pytest.mark.parametrize("how, causal", [("last", True), ("linear_lookahead", False)])
+def test_the_audit_tells_the_two_merges_apart(how, causal):
+    sessions = pd.bdate_range("2024-06-03", "2024-06-14")
+    starts = pd.DatetimeIndex([day + pd.Timedelta(hours=h, minutes=30) for day in sessions for h in range(13, 20)]).tz_localize("UTC")
+    close = 100 * np.exp(np.random.default_rng(1).normal(0, 0.01, len(starts)).cumsum())
+    hourly = pd.DataFrame({"open": close, "high": close * 1.01, "low": close * 0.99, "close": close, "volume": 1000.0}, index=starts.rename("date"))
+
+    def merged(frame):
+        by_day = frame.groupby(frame.index.tz_localize(None).normalize())
+        daily = by_day.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+        return merge_datasets(daily, frame, how=how)[["close_daily"]]
+
+    report = audit_causality(merged, hourly, probes=("raise", "lower"))
+    assert report.causal == causal, str(report)
