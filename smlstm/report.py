@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NOTES', 'STYLE', 'SCORES_NOTE', 'ParameterError', 'Rule', 'whole',
-           'number', 'one_of', 'check_parameters', 'Stopwatch', 'plain', 'write_json', 'versions', 'manifest',
-           'run_folder', 'write_run', 'score_table', 'regime_table', 'summary_table', 'figure_html', 'build_report']
+           'number', 'one_of', 'check_parameters', 'Stopwatch', 'announce', 'plain', 'write_json', 'versions',
+           'manifest', 'run_folder', 'write_run', 'score_table', 'regime_table', 'summary_table', 'figure_html',
+           'build_report']
 
-# %% ../nbs/20_report.ipynb #ff5aaabd
+# %% ../nbs/20_report.ipynb #afd013c7
 import base64
 import io
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -137,6 +139,14 @@ class Stopwatch:
         began = time.perf_counter()
         try: yield
         finally: self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+# %% ../nbs/20_report.ipynb #c6dbc670
+def announce(text: str) -> None:
+    "Print a line, in a notebook also on the terminal that it was started from."
+    print(text, flush=True)
+    if type(sys.stdout).__module__.startswith("ipykernel"):
+        try: os.write(sys.stdout.fileno(), f"\n{text}\n".encode())
+        except OSError: pass  # no terminal: the notebook has the line
 
 # %% ../nbs/20_report.ipynb #bf1fc585
 def plain(value):
