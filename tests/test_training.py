@@ -318,28 +318,30 @@ def test_two_processes_find_the_losses_of_one(shared):
     assert (one["weights"] - two["weights"]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits(tmp_path):
-    """Each replica has its own dropout; both go on where they were."""
+    """Each replica has its own dropout and its own unfinished sums; both go on where they were."""
     launch(train_shared, tmp_path / "whole.pt", 0.2, tmp_path / "whole", 8, device="cpu", processes=2)
     run = tmp_path / "again"
     run.mkdir()
     with pytest.raises(Exception, match="stopped on purpose"):
         launch(train_and_stop, tmp_path / "again.pt", run, device="cpu", processes=2)
-    assert load_checkpoint(run / "latest.safetensors")[1]["epoch"] == 2
+    facts = load_checkpoint(run / "latest.safetensors")[1]
+    assert (facts["epoch"], facts["batch"]) == (1, 3)            # an odd batch: half of an update is under way
     launch(train_shared, tmp_path / "again.pt", 0.2, run, 8, device="cpu", processes=2)
     whole, again = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "again.pt")
     assert torch.equal(whole["weights"], again["weights"]) and whole["losses"] == again["losses"]
 
 
 def train_and_stop(path, folder):
-    """Stops both replicas after the second epoch's checkpoint."""
-    save_epoch = training.save_epoch
+    """Stops both replicas after the first checkpoint inside the second epoch."""
+    save_run = training.save_run
 
     def stopping(run, *args):
-        save_epoch(run, *args)
-        if run.epoch == 2: raise RuntimeError("stopped on purpose")
+        save_run(run, *args)
+        if (run.epoch, run.batch) == (1, 3): raise RuntimeError("stopped on purpose")
 
-    training.save_epoch = stopping
+    training.save_run = stopping
     train_shared(path, 0.2, folder, 8)
 
 

@@ -64,7 +64,7 @@ def train_to_file(path, *args, **kwargs):
 
 def train_shared(path, dropout, checkpoint_dir, epochs):
     """One replica of a data parallel run."""
-    train_to_file(path, checkpoint_dir, checkpoint_dir is not None, settings(epochs=4, patience=epochs), dropout)
+    train_to_file(path, checkpoint_dir, checkpoint_dir is not None, settings(epochs=4, patience=epochs, checkpoint_every=3), dropout)
 
 
 def losses(history):
