@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'Table', 'build_table', 'Scaled', 'numeric_targets', 'scale
            'calibrate', 'to_units', 'relative_variance', 'Forecaster', 'fit_forecaster', 'date_ahead',
            'ForecasterFileError']
 
-# %% ../nbs/18_forecaster.ipynb #8de26b14
+# %% ../nbs/18_forecaster.ipynb #be16668e
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -22,13 +22,14 @@ from fastcore.basics import patch
 
 from .device import pick_device
 from .evaluation import ewma_variance
+from .fetch import Prices
 from .features import make_targets, prepare_data, variance_proxy
 from .metrics import qlike_scale
 from .model import SMLSTM, Forecast, SMLSTMConfig, load_model, save_model
 from .sequences import Scaler, SequenceLoader, create_sequences, create_tpu_dataloader, fit_scaler
 from .training import History, TrainConfig, fit
 
-# %% ../nbs/18_forecaster.ipynb #30a77aff
+# %% ../nbs/18_forecaster.ipynb #4a1cfba3
 class Table(NamedTuple):
     "Features and targets of a price series, row by row."
     features: pd.DataFrame  # [n, F], known at the row's close
@@ -43,7 +44,8 @@ class Table(NamedTuple):
 
 
 def build_table(prices: pd.DataFrame, horizon: int = 1) -> Table:
-    "Features and targets of a price frame. `ValueError` where the series is too short."
+    "Features and targets of a price frame (or of `Prices`). `ValueError` where the series is too short."
+    prices = prices.frame if isinstance(prices, Prices) else prices
     features = prepare_data(prices)
     bars = pd.DataFrame({"close": prices.close, "ewma_variance": ewma_variance(variance_proxy(prices))})
     return Table(features, make_targets(prices, horizon).loc[features.index], bars.loc[features.index], horizon)

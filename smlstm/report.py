@@ -8,7 +8,7 @@ __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NOTES', 'STYLE', 'SCORES_
            'manifest', 'run_folder', 'write_run', 'score_table', 'regime_table', 'summary_table', 'figure_html',
            'build_report']
 
-# %% ../nbs/20_report.ipynb #afd013c7
+# %% ../nbs/20_report.ipynb #a4091859
 import base64
 import io
 import json
@@ -36,7 +36,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
-from .fetch import check_interval, check_ticker
+from .fetch import INTERVALS, check_interval, check_ticker
 
 # %% ../nbs/20_report.ipynb #05bd1b5b
 class ParameterError(ValueError):
@@ -79,7 +79,7 @@ def _is_writable(value) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/20_report.ipynb #81e82f06
+# %% ../nbs/20_report.ipynb #62757a4b
 def _passes(check) -> Callable:
     def holds(value):
         try: return bool(check(value))
@@ -91,7 +91,7 @@ RULES = {
     "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _is_source),
     "start": Rule("a date such as '2010-01-31', or None", _is_date),
     "end": Rule("a date such as '2010-01-31', or None", _is_date),
-    "interval": Rule("a bar length such as '1d' or '1h'", _passes(check_interval)),
+    "interval": Rule(f"one of {', '.join(INTERVALS)}", _passes(check_interval)),
     "seq_length": whole(8, 4096), "horizon": whole(1, 250),
     "hidden_size": whole(4, 4096), "n_layers": whole(1, 32), "n_heads": whole(1, 64),
     "n_regimes": Rule("4: the specification's number, which the reports are laid out for", whole(4, 4).holds),
