@@ -20,7 +20,7 @@ from .signals import Signals, SignalState, market_signals
 from .ssm import StructuredStateSpace
 from .stabilization import soft_cap, stabilize_gates
 
-# %% ../nbs/06_cell.ipynb #53c1d9a7
+# %% ../nbs/06_cell.ipynb #2aff3369
 @dataclass(frozen=True)
 class CellConfig:
     "Sizes and choices of one cell. Raises `ValueError` for values that do not fit together."
@@ -47,6 +47,7 @@ class CellConfig:
         for name in ("left", "right"):
             if getattr(self, name) not in ("full", "diagonal", None): raise ValueError(f'{name}={getattr(self, name)!r}: use "full", "diagonal" or None')
         if self.processor not in ("bilinear", "mlp"): raise ValueError(f'processor={self.processor!r}: use "bilinear" or "mlp"')
+        if not 0 < self.gate_cap <= 30: raise ValueError(f"gate_cap={self.gate_cap}: must be above 0 and at most 30, or writes of one chunk drown each other in float32")
         if self.input_gate not in ("exponential", "sigmoid"): raise ValueError(f'input_gate={self.input_gate!r}: use "exponential" or "sigmoid"')
 
 # %% ../nbs/06_cell.ipynb #a9072c6b

@@ -158,12 +158,13 @@ def direction_share(logit: np.ndarray, base: float, up: np.ndarray) -> float:
         slope = float(np.clip(slope + (up - p) @ beyond / curvature, -4, 4))
     return believed(slope, curvature**-0.5)
 
-# %% ../nbs/18_forecaster.ipynb #0c84f89d
+# %% ../nbs/18_forecaster.ipynb #cb89a1bc
 def calibrate(forecast: Forecast, table: Table, scaled: Scaled, split: Split, pos_weight: float) -> Calibration:
     "Fit the shares on the validation rows, base rate and factor on all training rows."
     rows, valid = slice(split.learn.start, split.valid.stop), split.valid
     up = table.targets.up.to_numpy()
-    base = float(np.log(up[rows].mean() / (1 - up[rows].mean())))
+    rate = (up[rows].sum() + 0.5) / (len(up[rows]) + 1)  # never 0 or 1, even where all moves went one way
+    base = float(np.log(rate / (1 - rate)))
     logit = forecast.direction - np.log(pos_weight)
     variance = relative_variance(forecast, scaled.target_scaler) * table.bars.ewma_variance.to_numpy()[: len(forecast.volatility)]
     measured = np.exp(table.targets.log_variance.to_numpy())

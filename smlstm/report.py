@@ -79,7 +79,7 @@ def _is_writable(value) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/20_report.ipynb #62757a4b
+# %% ../nbs/20_report.ipynb #fbecbace
 def _passes(check) -> Callable:
     def holds(value):
         try: return bool(check(value))
@@ -91,7 +91,7 @@ RULES = {
     "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _is_source),
     "start": Rule("a date such as '2010-01-31', or None", _is_date),
     "end": Rule("a date such as '2010-01-31', or None", _is_date),
-    "interval": Rule(f"one of {', '.join(INTERVALS)}", _passes(check_interval)),
+    "interval": Rule(f"a bar length, one of {', '.join(INTERVALS)}", _passes(check_interval)),
     "seq_length": whole(8, 4096), "horizon": whole(1, 250),
     "hidden_size": whole(4, 4096), "n_layers": whole(1, 32), "n_heads": whole(1, 64),
     "n_regimes": Rule("4: the specification's number, which the reports are laid out for", whole(4, 4).holds),

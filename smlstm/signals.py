@@ -112,7 +112,7 @@ def window_trend(windows: Windows) -> Tensor:
     "(|r| + 1)/2 of each window, [B, T]; 0.5 where it is flat, not yet full, or shorter than three points."
     points = windows.values.shape[1]
     scale = windows.values.detach().abs().amax(1, keepdim=True)
-    usable = (scale > 0) & (windows.count.unsqueeze(1) == points) & (points > 2)
+    usable = (scale > torch.finfo(scale.dtype).tiny**0.5) & (windows.count.unsqueeze(1) == points) & (points > 2)
     d = centered(windows._replace(values=windows.values/torch.where(usable, scale, 1.0)))
     d = torch.where(usable, d, 0.0)
     together = (d[:, :-1]*d[:, 1:]).sum(1)

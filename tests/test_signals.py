@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from smlstm.signals import (
     SignalState, ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
@@ -96,6 +96,7 @@ def test_one_step_at_a_time_from_the_initial_state():
 
 
 @settings(max_examples=80, deadline=None)
+@example(values=[0.0, 0.0, 2.0**-149], window=1)
 @given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=40), window=st.integers(1, 12))
 def test_finite_for_whatever_comes(values, window):
     x = torch.tensor([values], dtype=torch.float32, requires_grad=True)
