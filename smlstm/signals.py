@@ -112,7 +112,7 @@ def window_trend(windows: Windows) -> Tensor:
     "(|r| + 1)/2 of each window, [B, T]; 0.5 where it is flat, not yet full, or shorter than three points."
     points = windows.values.shape[1]
     scale = windows.values.detach().abs().amax(1, keepdim=True)
-    usable = (scale > torch.finfo(scale.dtype).tiny**0.5) & (windows.count.unsqueeze(1) == points) & (points > 2)
+    usable = (scale*torch.finfo(scale.dtype).tiny**-0.5 > 1) & (windows.count.unsqueeze(1) == points) & (points > 2)
     d = centered(windows._replace(values=windows.values/torch.where(usable, scale, 1.0)))
     d = torch.where(usable, d, 0.0)
     together = (d[:, :-1]*d[:, 1:]).sum(1)
@@ -143,16 +143,16 @@ def leaky_sum(
 ) -> Tensor:
     "e_t = keep e_{t-1} + x_t for all t, [B, T], in linear time."
     steps, size = x.shape[1], min(x.shape[1], chunk_size)
-    age = torch.arange(size, device=x.device)
+    age = torch.arange(size, dtype=x.dtype, device=x.device)
     lag = age.unsqueeze(1) - age
-    powers = torch.where(lag >= 0, keep**lag.clamp(min=0).to(x.dtype), 0.0)
+    powers = torch.where(lag >= 0, keep**lag.clamp(min=0), 0.0)
     chunks = F.pad(x, (0, -steps % size)).unflatten(1, (-1, size))
     inside = (chunks.unsqueeze(2)*powers).sum(3)
     before = start.unsqueeze(1)
     if steps > size:
         ends = leaky_sum(inside[:, :-1, -1], keep**size, start, chunk_size)
         before = torch.cat([before, ends], 1)
-    carried = before.unsqueeze(2)*keep**(age + 1).to(x.dtype)
+    carried = before.unsqueeze(2)*keep**(age + 1)
     return (inside + carried).flatten(1)[:, :steps]
 
 # %% ../nbs/04_signals.ipynb #0dccb007
