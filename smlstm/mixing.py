@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TIMED', 'ROWS', 'Mixing', 'MixedState', 'initial_mixed', 'processed', 'RowNetwork', 'apply_network', 'mixed_regimes',
-           'full_precision', 'growth', 'mixed_step', 'mixed_recurrent', 'random_mixing', 'Kernel', 'mixing_kernel',
-           'Fading', 'fading', 'Masks', 'regime_masks', 'per_regime', 'rowwise', 'row_gains', 'read_writes',
-           'gain_states', 'Carried', 'carry_memory', 'weigh_memories', 'carry_states', 'read_states', 'read_memories',
-           'read_carried', 'read_first', 'mixed_chunks', 'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks',
-           'mixed_chunkwise']
+           'full_precision', 'growth', 'mixed_step', 'mixed_recurrent', 'random_mixing', 'Scales', 'chunk_scales',
+           'Kernel', 'mixing_kernel', 'Fading', 'fading', 'Masks', 'regime_masks', 'per_regime', 'rowwise', 'row_gains',
+           'read_writes', 'gain_states', 'Carried', 'carry_memory', 'weigh_memories', 'carry_states', 'read_states',
+           'read_memories', 'read_carried', 'read_first', 'mixed_chunks', 'cut_mixing', 'last_mixed', 'network_rows',
+           'mixed_networks', 'mixed_chunkwise']
 
-# %% ../nbs/05_mixing.ipynb #790efec8
+# %% ../nbs/05_mixing.ipynb #ca954607
 import math
 from functools import partial
 from typing import NamedTuple, Optional
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smlstm.memory import (
-    SEGMENT, at_least_float32, boundary_scale, carry, check_inputs, cut, decay_matrix, initial_memory, normalized_read,
+    SEGMENT, at_least_float32, carry, check_inputs, cut, decay_matrix, finite_log, initial_memory, normalized_read,
 )
 from .stabilization import stabilize_gates
 
@@ -141,41 +141,64 @@ def random_mixing(B, H, T, d, R=4, N=4, left="diagonal", right=None, width=0, dt
     mix = Mixing(regime, side(left), side(right), -F.softplus(draw(B, T, N)), draw(B, T, N), draw(N), draw(), persistence)
     return mix._replace(network=RowNetwork(draw(H, R, width, d), draw(H, R, d, width) / width)) if width else mix
 
-# %% ../nbs/05_mixing.ipynb #b7588c0a
+# %% ../nbs/05_mixing.ipynb #74da6a67
+class Scales(NamedTuple):
+    "The stabilizer in chunks, in log space, without gradient."
+    start: Tensor  # [B, H, c] before the first step of each chunk
+    step: Tensor  # [B, H, c, L] at each step
+
+    @property
+    def boundary(self) -> Tensor:
+        "Before each chunk and at the end, [B, H, c + 1]."
+        return torch.cat([self.start, self.step[:, :, -1:, -1]], -1)
+
+    @property
+    def shrink(self) -> Tensor:
+        "Change of scale from each step's predecessor to the step, [B, H, c, L]."
+        return torch.cat([self.start[..., None], self.step[..., :-1]], -1) - self.step
+
+
+def chunk_scales(log_i: Tensor, log_g: Tensor, m0: Tensor) -> Scales:
+    "Scales from gates and growth [B, H, c, L], starting from m0 [B, H]."
+    step = stabilize_gates(log_i.flatten(2), log_g.flatten(2), m0).m.view_as(log_i)
+    return Scales(torch.cat([m0[..., None], step[:, :, :-1, -1]], -1), step)
+
+# %% ../nbs/05_mixing.ipynb #be572eeb
 class Kernel(NamedTuple):
     "What the state space and persistence do within chunks of L steps."
-    inside: Tensor  # [B, c, t, s] from Cr_s to Cf_t
-    to_end: Tensor  # [B, c, N, s] from Cr_s to X at the end of the chunk
-    from_start: Tensor  # [B, c, t, N] from X before the chunk to Cf_t
+    inside: Tensor  # [B, H, c, t, s] from Cr_s to Cf_t
+    to_end: Tensor  # [B, H, c, N, s] from Cr_s to X at the end of the chunk
+    from_start: Tensor  # [B, H, c, t, N] from X before the chunk to Cf_t
+    held: Tensor  # [B, H, c, t] from the mixed memory of the step before to Cf_t
 
 
-def mixing_kernel(mix: Mixing) -> Kernel:
+def mixing_kernel(mix: Mixing, scales: Scales) -> Kernel:
     "Kernel of a mixing that is cut into chunks: log_decay and inject [B, c, L, N], persistence [B, c, L]."
-    weighted = mix.inject.mT[..., None, :] * decay_matrix(mix.log_decay.mT).exp()
+    fall = scales.step[..., None, None, :] - scales.step[..., None, :, None]
+    weighted = mix.inject.mT[:, None, ..., None, :] * torch.exp(decay_matrix(mix.log_decay.mT).unsqueeze(1) + fall)
     K = (mix.read @ weighted.flatten(-2)).unflatten(-1, weighted.shape[-2:])
     K = K + mix.skip * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    carried = mix.log_decay.cumsum(-2).exp()
-    s = mix.persistence[..., None]
+    carried = torch.exp(mix.log_decay.cumsum(-2).unsqueeze(1) + (scales.start[..., None] - scales.step)[..., None])
+    fresh, held = (1 - mix.persistence)[:, None, ..., None], mix.persistence.unsqueeze(1) * torch.exp(scales.shrink)
     before = F.pad(K[..., :-1, :], (0, 0, 1, 0))
     carried_before = F.pad(carried[..., :-1, :], (0, 0, 1, 0), value=1.0)
-    return Kernel((1 - s) * K + s * before, weighted[..., -1, :], mix.read * ((1 - s) * carried + s * carried_before))
+    from_start = mix.read * (fresh * carried + held[..., None] * carried_before)
+    return Kernel(fresh * K + held[..., None] * before, weighted[..., -1, :], from_start, held)
 
-# %% ../nbs/05_mixing.ipynb #079a9c4b
+# %% ../nbs/05_mixing.ipynb #b56302a5
 class Fading(NamedTuple):
-    "What is left of each write, and of the memory carried in, at each step of a chunk, divided by `exp(scale)`."
+    "What is left of each write, and of the memory carried in, at each step of a chunk, on the scale of the step."
     written: Tensor  # [B, H, c, s, u] F(s, u) i_u
     carried: Tensor  # [B, H, c, s]
-    scale: Tensor  # [B, H, c] in log space, no gradient
 
 
-def fading(log_i: Tensor, log_f: Tensor, boundary: Tensor) -> Fading:
-    "Fading in chunks with gates [B, H, c, L], from the boundary scales [B, H, c + 1]."
-    scale = torch.maximum(boundary[..., :-1], log_i.amax(-1)).detach()
-    written = decay_matrix(log_f) + (log_i - scale[..., None])[..., None, :]
-    carried = log_f.cumsum(-1) + (boundary[..., :-1] - scale)[..., None]
-    return Fading(written.exp(), carried.exp(), scale)
+def fading(log_i: Tensor, log_f: Tensor, scales: Scales) -> Fading:
+    "Fading in chunks with gates [B, H, c, L]."
+    written = decay_matrix(log_f) + log_i[..., None, :] - scales.step[..., None]
+    carried = log_f.cumsum(-1) + scales.start[..., None] - scales.step
+    return Fading(written.exp(), carried.exp())
 
-# %% ../nbs/05_mixing.ipynb #78efdaa0
+# %% ../nbs/05_mixing.ipynb #b582a0f7
 class Masks(NamedTuple):
     "What reaches each row (a step t, or a state n at the end of the chunk) through each regime."
     written: Tensor  # [B, H, c, row, R, u]
@@ -183,9 +206,9 @@ class Masks(NamedTuple):
 
 
 def regime_masks(kernel: Tensor, regime: Tensor, fade: Fading) -> Masks:
-    "Masks from rows of a kernel [B, c, row, s] and the regime weights [B, c, s, R]."
-    weighted = (kernel[..., None, :] * regime.mT[..., None, :, :]).flatten(-3, -2).unsqueeze(1)
-    shape = (*fade.scale.shape, kernel.shape[-2], regime.shape[-1])
+    "Masks from rows of a kernel [B, H, c, row, s] and the regime weights [B, c, s, R]."
+    weighted = (kernel[..., None, :] * regime.mT[:, None, ..., None, :, :]).flatten(-3, -2)
+    shape = (*kernel.shape[:-1], regime.shape[-1])
     return Masks((weighted @ fade.written).view(*shape, -1), (weighted @ fade.carried[..., None]).view(shape))
 
 # %% ../nbs/05_mixing.ipynb #13136352
@@ -238,7 +261,7 @@ def carry_memory(k, v, log_i, log_f, boundary, state: MixedState) -> tuple[Tenso
     n, n_end = carry(state.n, weighted_k.sum(-2), faded[..., -1], boundary)
     return C, n, C_end, n_end
 
-# %% ../nbs/05_mixing.ipynb #0f5055b5
+# %% ../nbs/05_mixing.ipynb #6adff91c
 def weigh_memories(weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     "Sum over r of weights [B, H, c, N, R] times A_r C B_r^T for C [B, H, c, d, d]: [B, H, c, N, d, d]."
     if rowwise(mix): return row_gains(weights, mix.left)[..., None] * C.unsqueeze(-3)
@@ -246,10 +269,9 @@ def weigh_memories(weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     return (weights @ each.flatten(-2)).unflatten(-1, C.shape[-2:])
 
 
-def carry_states(masks: Masks, k, v, C, fade: Fading, boundary, mix: Mixing, state: MixedState) -> tuple[Tensor, Tensor]:
+def carry_states(masks: Masks, k, v, C, boundary, mix: Mixing, state: MixedState) -> tuple[Tensor, Tensor]:
     "X before each chunk and at the end: masks of the chunk ends, C [B, H, c, d, d] at their starts."
-    to_boundary = torch.exp(fade.scale - boundary[..., 1:])[..., None, None]
-    gains = gain_states(masks.written * to_boundary[..., None], v, k, mix) + weigh_memories(masks.carried * to_boundary, C, mix)
+    gains = gain_states(masks.written, v, k, mix) + weigh_memories(masks.carried, C, mix)
     return carry(state.X, gains, mix.log_decay.sum(-2).unsqueeze(1), boundary)
 
 # %% ../nbs/05_mixing.ipynb #852c15c0
@@ -263,42 +285,39 @@ def read_memories(q: Tensor, weights: Tensor, C: Tensor, mix: Mixing) -> Tensor:
     if rowwise(mix): return row_gains(weights, mix.left) * (q @ C.mT)
     return read_states(q, weights, processed(C, mix.left, mix.right))
 
-# %% ../nbs/05_mixing.ipynb #fad9ac36
-def read_carried(q, carried: Carried, kernel: Kernel, mask: Tensor, before: Tensor, fade: Fading, boundary, mix: Mixing) -> Tensor:
+# %% ../nbs/05_mixing.ipynb #7445e4b8
+def read_carried(q, carried: Carried, kernel: Kernel, mask: Tensor, before: Tensor, mix: Mixing) -> Tensor:
     "What q [B, H, c, L, d] reads from the start of its chunk: mask [B, H, c, L, R] of the carried memory, before [B, c, R]."
-    from_boundary = torch.exp(boundary[..., :-1] - fade.scale)[..., None, None]
-    skipped = (mix.persistence[..., :1] * mix.skip * before).unsqueeze(-2)
-    mask = mask + from_boundary * F.pad(skipped, (0, 0, 0, q.shape[-2] - 1)).unsqueeze(1)
-    states = read_states(q, from_boundary * kernel.from_start.unsqueeze(1), carried.X)
-    return states + read_memories(q, mask, carried.C, mix)
+    skipped = kernel.held[..., :1, None] * mix.skip * before[:, None, :, None]
+    mask = mask + F.pad(skipped, (0, 0, 0, q.shape[-2] - 1))
+    return read_states(q, kernel.from_start, carried.X) + read_memories(q, mask, carried.C, mix)
 
-# %% ../nbs/05_mixing.ipynb #5d1a917a
-def read_first(q, fade: Fading, mix: Mixing, state: MixedState) -> Tensor:
+# %% ../nbs/05_mixing.ipynb #29aeb48e
+def read_first(q, kernel: Kernel, mix: Mixing, state: MixedState) -> Tensor:
     "What the first step of all reads from the part of `state.Cm` that its states do not explain, [B, H, c, L, d] like q."
     unexplained = state.Cm - (mix.read[:, None, None] * state.X).sum(2)
-    weight = torch.exp(state.m - fade.scale[..., 0]) * mix.persistence[:, None, 0, 0]
-    read = weight[..., None] * (unexplained @ q[:, :, 0, 0, :, None]).squeeze(-1)
+    read = kernel.held[:, :, 0, :1] * (unexplained @ q[:, :, 0, 0, :, None]).squeeze(-1)
     return F.pad(read[:, :, None, None], (0, 0, 0, q.shape[3] - 1, 0, q.shape[2] - 1))
 
-# %% ../nbs/05_mixing.ipynb #e7553dab
+# %% ../nbs/05_mixing.ipynb #3e672ead
 def mixed_chunks(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "The fused form on chunks: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
-    boundary = boundary_scale(log_i, log_g, state.m).detach()
+    scales = chunk_scales(log_i, log_g, state.m)
     alike = mix.left is None and mix.right is None
     regime = mix.regime.sum(-1, keepdim=True) if alike else mix.regime
-    kernel, fade = mixing_kernel(mix), fading(log_i, log_f, boundary)
+    kernel, fade, boundary = mixing_kernel(mix, scales), fading(log_i, log_f, scales), scales.boundary
     C, n, C_end, n_end = carry_memory(k, v, log_i, log_f, boundary, state)
     at_end = regime_masks(kernel.to_end, regime, fade)
-    X, X_end = carry_states(at_end, k, v, C, fade, boundary, mix, state)
+    X, X_end = carry_states(at_end, k, v, C, boundary, mix, state)
     masks = regime_masks(kernel.inside, regime, fade)
     plain_scores = q @ k.mT
     scores = plain_scores.unsqueeze(-2) if mix.right is None else torch.einsum("bhctd,bhcrud->bhctru", q, per_regime(k, mix.right))
     before = F.pad(regime[:, :-1, -1], (0, 0, 1, 0))
     numerator = read_writes(masks.written * scores, per_regime(v, mix.left))
-    numerator = numerator + read_carried(q, Carried(C, n, X), kernel, masks.carried, before, fade, boundary, mix)
-    numerator = numerator + read_first(q, fade, mix, state)
+    numerator = numerator + read_carried(q, Carried(C, n, X), kernel, masks.carried, before, mix)
+    numerator = numerator + read_first(q, kernel, mix, state)
     n_q = (fade.written * plain_scores).sum(-1) + fade.carried * (q @ n[..., None]).squeeze(-1)
-    h = normalized_read(numerator, n_q, fade.scale[..., None].expand_as(n_q), theta)
+    h = normalized_read(numerator, n_q, scales.step, theta)
     return h, MixedState(C_end, n_end, boundary[..., -1], X_end, state.Cm)
 
 # %% ../nbs/05_mixing.ipynb #d7fc5220
@@ -314,46 +333,43 @@ def last_mixed(state: MixedState, regime: Tensor, mix: Mixing) -> Tensor:
     "Cm of a step that ended in `state` under regime weights [B, R], the second equation at one step."
     return (mix.read[:, None, None] * state.X).sum(2) + mix.skip * mixed_regimes(state.C, regime, mix)
 
-# %% ../nbs/05_mixing.ipynb #be043347
+# %% ../nbs/05_mixing.ipynb #b814573c
 ROWS = 16  # rows of the memories that are held at once
 
 
-def network_rows(v, C0, X0, Cm0, q, k, regime, mix: Mixing, kernel: Kernel, fade: Fading, relative, decay) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def network_rows(v, C0, X0, Cm0, q, k, regime, mix: Mixing, kernel: Kernel, fade: Fading, decay) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "One block of rows of one chunk, v [B, H, L, rows], C0 [B, H, rows, d]: what is read [B, H, L, rows], and C, X, Cm at the end."
     C = (fade.written.unsqueeze(3) * v.mT.unsqueeze(2)) @ k.unsqueeze(2) + fade.carried[..., None, None] * C0.unsqueeze(2)
     Cr = torch.einsum("bsr,bhrsij->bhsij", regime, apply_network(mix.network, C))
-    flat, before = Cr.flatten(3), (relative[..., None, None, None] * X0).flatten(3)
-    Cf = (kernel.inside.unsqueeze(1) @ flat + kernel.from_start.unsqueeze(1) @ before).view_as(Cr)
-    first = mix.persistence[:, None, :1, None, None] * (relative[..., None, None] * (Cm0 - (mix.read[:, None, None] * X0).sum(2))).unsqueeze(2)
+    flat, before = Cr.flatten(3), X0.flatten(3)
+    Cf = (kernel.inside @ flat + kernel.from_start @ before).view_as(Cr)
+    first = kernel.held[..., :1, None, None] * (Cm0 - (mix.read[:, None, None] * X0).sum(2)).unsqueeze(2)
     Cf = Cf + F.pad(first, (0, 0, 0, 0, 0, Cr.shape[2] - 1))
-    X = (kernel.to_end.unsqueeze(1) @ flat + decay.unsqueeze(-1) * before).view_as(X0)
+    X = (kernel.to_end @ flat + decay[..., None] * before).view_as(X0)
     Cm = (mix.read[:, None, None] * X).sum(2) + mix.skip * Cr[:, :, -1]
     return torch.einsum("bhtij,bhtj->bhti", Cf, q), C[:, :, -1], X, Cm
 
-# %% ../nbs/05_mixing.ipynb #63a9b562
+# %% ../nbs/05_mixing.ipynb #afea153d
 def mixed_networks(q, k, v, log_i, log_f, mix: Mixing, theta: float, state: MixedState, L: int) -> tuple[Tensor, MixedState]:
     "The mixed memory with networks as processors: inputs [B, H, T, d], chunks of L steps, blocks of ROWS rows."
     log_g, outputs = growth(log_f, mix), []
     run = partial(checkpoint, network_rows, use_reentrant=False) if torch.is_grad_enabled() else network_rows
     for start in range(0, q.shape[2], L):
         now = slice(start, min(start + L, q.shape[2]))
-        timed = {name: getattr(mix, name)[:, now] for name in TIMED}
-        chunk = mix._replace(**timed)
-        kernel = Kernel(*(x.squeeze(1) for x in mixing_kernel(mix._replace(**{name: x.unsqueeze(1) for name, x in timed.items()}))))
+        chunk = mix._replace(**{name: getattr(mix, name)[:, now].unsqueeze(1) for name in TIMED})
         i, f, g = (x[:, :, now].unsqueeze(2) for x in (log_i, log_f, log_g))
-        boundary = boundary_scale(i, g, state.m).detach()
-        fade = Fading(*(x.squeeze(2) for x in fading(i, f, boundary)))
-        relative, up = torch.exp(state.m - fade.scale), torch.exp(fade.scale - boundary[..., 1])
-        shared = q[:, :, now], k[:, :, now], chunk.regime, chunk, kernel, fade, relative, chunk.log_decay.sum(1).exp().unsqueeze(1)
+        scales = chunk_scales(i, g, state.m)
+        kernel, fade = (type(part)(*(x.squeeze(2) for x in part)) for part in (mixing_kernel(chunk, scales), fading(i, f, scales)))
+        decay = torch.exp(chunk.log_decay.sum(2) + scales.start - scales.step[..., 0, -1:])
+        shared = q[:, :, now], k[:, :, now], chunk.regime.squeeze(1), chunk, kernel, fade, decay
         blocks = zip(v[:, :, now].split(ROWS, -1), *(x.split(ROWS, -2) for x in (state.C, state.X, state.Cm)))
-        read, *ends = (torch.cat(parts, dim) for parts, dim in zip(zip(*(run(*block, *shared) for block in blocks)), (-1, -2, -2, -2)))
-        C, X, Cm = (up.view(*up.shape, *[1] * (end.dim() - 2)) * end for end in ends)
+        read, C, X, Cm = (torch.cat(parts, dim) for parts, dim in zip(zip(*(run(*block, *shared) for block in blocks)), (-1, -2, -2, -2)))
         n_t = fade.written @ k[:, :, now] + fade.carried[..., None] * state.n.unsqueeze(2)
-        outputs.append(normalized_read(read, (n_t * q[:, :, now]).sum(-1), fade.scale[..., None].expand_as(fade.carried), theta))
-        state = MixedState(C, up[..., None] * n_t[:, :, -1], boundary[..., 1], X, Cm)
+        outputs.append(normalized_read(read, (n_t * q[:, :, now]).sum(-1), scales.step.squeeze(2), theta))
+        state = MixedState(C, n_t[:, :, -1], scales.step[:, :, 0, -1], X, Cm)
     return torch.cat(outputs, 2), state
 
-# %% ../nbs/05_mixing.ipynb #6a360776
+# %% ../nbs/05_mixing.ipynb #de65cd62
 def mixed_chunkwise(
     q: Tensor, k: Tensor, v: Tensor,  # [B, H, T, d]
     log_i: Tensor, log_f: Tensor,  # [B, H, T]
@@ -366,6 +382,7 @@ def mixed_chunkwise(
     check_inputs(q, k, v, log_i, log_f, chunk_size)
     dtype, (q, k, v, log_i, log_f) = q.dtype, at_least_float32(q, k, v, log_i, log_f)
     mix = full_precision(mix)
+    log_f, mix = finite_log(log_f), mix._replace(log_decay=finite_log(mix.log_decay))
     T, L = q.shape[2], min(chunk_size, q.shape[2])
     state = state or initial_mixed(k, v, mix.read.shape[0])
     if mix.network is not None:
