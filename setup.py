@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 facts = config["DEFAULT"]
-extras = {name: facts[f"{name}_requirements"].split(" ") for name in ("dev", "tpu", "preflight", "bench")}
+extras = {name.removesuffix("_requirements"): wanted.split(" ") for name, wanted in facts.items() if name.endswith("_requirements")}
 
 setup(
     name=facts["lib_name"],
