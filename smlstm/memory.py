@@ -51,7 +51,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, 
 # %% ../nbs/02_memory.ipynb #53342fc9
 def finite_log(log_f: Tensor) -> Tensor:
     "`log_f` with -1000 for everything below, minus infinity included."
-    return log_f.clamp(min=-1000.0)
+    return torch.maximum(log_f, torch.full_like(log_f, -1000.0))  # XLA would compute the gradient of `clamp` in float64
 
 # %% ../nbs/02_memory.ipynb #1d240f50
 def at_least_float32(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
