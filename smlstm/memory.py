@@ -149,17 +149,19 @@ def boundary_scale(log_i: Tensor, log_f: Tensor, m0: Tensor) -> Tensor:
 class Carry(torch.autograd.Function):
     "First state [B, H, *S], updates [B, H, c, *S], factors [B, H, c, *S or ones] to the states before each chunk and the last one."
 
+    generate_vmap_rule = True  # several models at once
+
     @staticmethod
-    def forward(ctx, first, updates, factors):
+    def forward(first, updates, factors):
         states = [first]
         for update, factor in zip(updates.unbind(2), factors.unbind(2)):
             states.append(torch.addcmul(update, factor, states[-1]))
-        before = torch.stack(states[:-1], 2)
-        ctx.save_for_backward(before, factors)
-        return before, states[-1]
+        return torch.stack(states[:-1], 2), states[-1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(output[0], inputs[2])
+
+    @staticmethod
     def backward(ctx, to_before, back):
         before, factors = ctx.saved_tensors
         to_updates = []
