@@ -25,6 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from statsmodels.api import OLS, add_constant
 from statsmodels.stats.diagnostic import pesaran_timmermann
+from statsmodels.stats.proportion import proportion_confint
 from statsmodels.tsa.stattools import diebold_mariano_test
 
 from .features import make_targets, variance_proxy
@@ -202,6 +203,12 @@ def linear_forecast(features: pd.DataFrame, targets: pd.DataFrame,  # of all row
     return pd.DataFrame({"log_return": price.predict(new), "up_probability": direction.predict_proba(new)[:, 1],
                          "variance": scale * np.exp(variance.predict(new))}, index=new.index)
 
+# %% ../nbs/16_evaluation.ipynb #ceda9491
+def _share_interval(f):
+    "95% interval of the share of right directions."
+    right = (f.up_probability > 0.5) == (f.actual_up == 1)
+    return [float(end) for end in proportion_confint(int(right.sum()), len(f), 0.05, "wilson")]
+
 # %% ../nbs/16_evaluation.ipynb #c20171c0
 class FoldScores(NamedTuple):
     "Scores of one fold, or of all folds joined (`number` is then 'all'). Percent for MAPE, shares from 0 to 1 for direction."
@@ -220,7 +227,7 @@ def evaluate_fold(forecasts: pd.DataFrame,  # a forecast frame, or one fold's pa
     numbers = [int(n) for n in f.fold.unique()]
     return FoldScores(numbers[0] if len(numbers) == 1 else "all", len(f), {"first": _day(f.date.iloc[0]), "last": _day(f.date.iloc[-1])},
         price={"mape": mape(f.actual_close, f.forecast_close), "mape_persistence": mape(f.actual_close, f.close)},
-        direction={"accuracy": hit_rate(f.actual_up, f.up_probability), "base_rate": base_rate(f.actual_up),
+        direction={"accuracy": hit_rate(f.actual_up, f.up_probability), "base_rate": base_rate(f.actual_up), "accuracy_interval": _share_interval(f),
                    "brier": brier(f.actual_up, f.up_probability), "ece": expected_calibration_error(f.actual_up, f.up_probability)},
         volatility={"qlike": qlike(f.actual_variance, f.forecast_variance), "qlike_ewma": qlike(f.actual_variance, f.ewma_variance)},
         regime=regime_distribution(f.filter(regex=r"^regime_\d+$")).tolist())
@@ -239,6 +246,7 @@ class SkillTest(NamedTuple):
     rows: int
     needed: int      # rows with which `MATERIAL[head]` would be found with 80% power; 0 where unknown
     note: str = ""   # why there is no statistic, if there is none
+    error: float = math.nan  # standard error of the effect
 
 MATERIAL = {"price": 0.003, "direction": 0.025, "volatility": 0.03}
 
@@ -266,8 +274,8 @@ def direction_test(up,           # 1 where the price rose, else 0
         lags = max(horizon - 1, math.ceil(len(up) ** (1 / 3)))
         fit = OLS(up, add_constant(called)).fit(cov_type="HAC", cov_kwds={"maxlags": lags})
         statistic, p_value = fit.tvalues[1], fit.pvalues[1]
-    needed = _needed(len(up), effect / statistic if statistic else math.nan, MATERIAL["direction"])
-    return SkillTest("direction", name, "base rate", float(effect), float(statistic), float(p_value), len(up), needed)
+    error = float(effect / statistic) if statistic else math.nan
+    return SkillTest("direction", name, "base rate", float(effect), float(statistic), float(p_value), len(up), _needed(len(up), error, MATERIAL["direction"]), error=error)
 
 # %% ../nbs/16_evaluation.ipynb #0bf3c92f
 def loss_difference_test(head,      # "price" or "volatility": which loss, and which effect is material
@@ -285,9 +293,9 @@ def loss_difference_test(head,      # "price" or "volatility": which loss, and w
         return SkillTest(head, title, name, 0.0, math.nan, math.nan, len(actual), 0, "undefined: both forecasts are the same")
     result = diebold_mariano_test(actual, baseline, model, criterion=loss, harvey_adj=True, horizon=horizon)
     scale = loss(actual, baseline).mean()
-    error = difference.mean() / result.statistic / scale if result.statistic else math.nan
+    error = float(difference.mean() / result.statistic / scale) if result.statistic else math.nan
     return SkillTest(head, title, name, float(difference.mean() / scale), float(result.statistic), float(result.pvalue), len(actual),
-                     _needed(len(actual), error, MATERIAL[head]))
+                     _needed(len(actual), error, MATERIAL[head]), error=error)
 
 # %% ../nbs/16_evaluation.ipynb #9df460f5
 def skill_tests(forecasts: pd.DataFrame,  # a forecast frame
@@ -295,12 +303,21 @@ def skill_tests(forecasts: pd.DataFrame,  # a forecast frame
                 ) -> dict:
     "One SkillTest for each head, over all folds joined, against the naive baseline that is hardest to beat."
     f = known_forecasts(forecasts)
-    least = lambda tests: min(tests, key=lambda t: 0.0 if math.isnan(t.statistic) else t.statistic)
+    least = lambda tests: tests[0] if tests[0].p_value < 0.05 and tests[0].statistic < 0 else min(tests, key=lambda t: 0.0 if math.isnan(t.statistic) else t.statistic)
     price = {"persistence": f.close, "drift": f.get("drift_close")}
     variance = {"EWMA": f.ewma_variance, "constant variance": f.get("constant_variance")}
     return {"price": least([loss_difference_test("price", f.actual_close, f.forecast_close, b, n, horizon) for n, b in price.items() if b is not None]),
             "direction": direction_test(f.actual_up, f.up_probability, horizon),
             "volatility": least([loss_difference_test("volatility", f.actual_variance, f.forecast_variance, b, n, horizon) for n, b in variance.items() if b is not None])}
+
+# %% ../nbs/16_evaluation.ipynb #6b8e92e0
+def _effect(test: SkillTest) -> str:
+    "The effect in the words and units of its head, with its 95% interval."
+    said, unit, versus = {"direction": ("right directions", "points", "chance"), "price": ("price error", "%", test.baseline), "volatility": ("QLIKE", "%", test.baseline)}[test.head]
+    sign = 1 if test.head == "direction" else -1                    # errors fall where skill is
+    middle, reach = 100 * sign * test.effect, 196 * abs(test.error)
+    interval = f" (95%: {middle - reach:+.2f} to {middle + reach:+.2f})" if math.isfinite(reach) else ""
+    return f"{said} {middle:+.2f}{unit if unit == '%' else ' ' + unit} against {versus}{interval}"
 
 # %% ../nbs/16_evaluation.ipynb #f558fe42
 class Verdict(NamedTuple):
@@ -312,14 +329,13 @@ class Verdict(NamedTuple):
 
 def verdict(test: SkillTest, p_value=None, level=0.05) -> Verdict:
     "The verdict for one head; `p_value` replaces the test's own where several heads are tested together."
-    p_value = test.p_value if p_value is None else p_value
-    effects = {"direction": f"right directions {100 * test.effect:+.1f} points against chance",
-               "price": f"price error {-test.effect:+.2%} against {test.baseline}", "volatility": f"QLIKE {-test.effect:+.1%} against {test.baseline}"}
-    reason = f"{test.test}: {effects[test.head]}, p = {p_value:.2g} on {test.rows:,} rows."
     if test.note: return Verdict(test.head, "no skill shown", f"{test.test} {test.note}.")
+    p_value = test.p_value if p_value is None else p_value
+    reason = f"{test.test}: {_effect(test)}, p = {p_value:.2g} on {test.rows:,} rows."
     if p_value < level and test.statistic > 0: return Verdict(test.head, "skill shown", reason)
-    worse = p_value < level and test.statistic < 0
-    if worse or test.rows >= test.needed: return Verdict(test.head, "no skill shown", reason)
+    if p_value < level and test.statistic < 0:
+        return Verdict(test.head, f"no skill shown: significantly worse than {'chance' if test.head == 'direction' else test.baseline}", reason)
+    if test.rows >= test.needed: return Verdict(test.head, "no skill shown", reason)
     return Verdict(test.head, f"too few observations to tell ({test.needed:,} would be needed)", reason)
 
 # %% ../nbs/16_evaluation.ipynb #cdcad44d
@@ -336,16 +352,25 @@ def verdicts(tests: dict, level=0.05) -> dict:
     adjusted = holm([test.p_value for test in tests.values()])
     return {head: verdict(test, float(p), level) for (head, test), p in zip(tests.items(), adjusted)}
 
+# %% ../nbs/16_evaluation.ipynb #4dd96f52
+def _audit_facts(audit, below):
+    "Whether the forecaster passed the audit (None: not audited), in a word and in words."
+    unseen = "not audited" + (": a price error below persistence's is a leak until shown otherwise" if below else "")
+    return {"causal": None, "says": unseen} if audit is None else {"causal": audit.causal, "says": str(audit)}
+
 # %% ../nbs/16_evaluation.ipynb #95cdf61a
 def evaluate(forecasts: pd.DataFrame,  # a forecast frame
              horizon=1,                # bars ahead
+             audit: CausalityReport | None = None,  # of the forecaster that made the frame
              ) -> dict:
     "Scores of each fold (`folds`), of all rows, with tests and verdicts (`overall`); ready for JSON."
     f = known_forecasts(forecasts)
     tests = skill_tests(f, horizon)
     plain = lambda t: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in t._asdict().items()}
+    below = mape(f.actual_close, f.forecast_close) < mape(f.actual_close, f.close)
     overall = evaluate_fold(f)._asdict() | {"tests": {h: plain(t) for h, t in tests.items()},
                                             "verdicts": {h: v._asdict() for h, v in verdicts(tests).items()}}
+    overall["audit"] = _audit_facts(audit, below)
     if "lower_close" in f: overall["coverage"] = interval_coverage(f).loc["all"].to_dict()
     return {"folds": [evaluate_fold(part)._asdict() for _, part in f.groupby("fold")], "overall": overall}
 

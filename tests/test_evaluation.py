@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from smlstm.evaluation import (SkillTest, add_baselines, comparison_table, conformal_intervals, contenders, deflated_sharpe, direction_test,
+from smlstm.evaluation import (SkillTest, _share_interval, add_baselines, comparison_table, conformal_intervals, contenders, deflated_sharpe, direction_test,
                                evaluate, evaluate_fold, holm, illustrate, interval_coverage, known_forecasts, loss_difference_test, skill_tests,
                                verdict, verdicts, walk_forward)
 from smlstm.features import variance_proxy
@@ -98,12 +98,32 @@ def test_needed_rows_do_find_the_effect():
 def test_verdicts():
     base = SkillTest("direction", "a test", "base rate", 0.02, 3.0, 0.003, 5_000, 3_000)
     assert verdict(base).outcome == "skill shown"
-    assert verdict(base._replace(statistic=-3.0)).outcome == "no skill shown"
+    assert verdict(base._replace(statistic=-3.0)).outcome == "no skill shown: significantly worse than chance"
+    worse = verdict(base._replace(head="price", baseline="persistence", statistic=-3.0, effect=-0.02, error=0.005))
+    assert worse.outcome == "no skill shown: significantly worse than persistence" and "+2.00% against persistence (95%: +1.02 to +2.98)" in worse.reason
     assert verdict(base._replace(statistic=1.0, p_value=0.3)).outcome == "no skill shown"
     assert verdict(base._replace(statistic=1.0, p_value=0.3, rows=1_000)).outcome == "too few observations to tell (3,000 would be needed)"
     assert verdict(base._replace(note="undefined: constant forecast", statistic=math.nan, p_value=math.nan)).outcome == "no skill shown"
     assert verdict(base, p_value=0.06).outcome == "no skill shown"
     assert verdicts({"a": base._replace(p_value=0.03), "b": base._replace(p_value=0.04)})["a"].outcome == "no skill shown"     # Holm: 0.06
+
+
+def test_worse_than_persistence_is_said_before_anything_else(forecasts):
+    rng = np.random.default_rng(0)
+    close = forecasts.close * np.exp(0.02 * rng.standard_normal(len(forecasts)))
+    said = verdicts(skill_tests(forecasts.assign(forecast_close=close, drift_close=forecasts.close * 1.0001)))["price"]
+    assert said.outcome == "no skill shown: significantly worse than persistence"
+
+
+def test_interval_of_the_hit_rate_covers():
+    missed = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        up = (rng.random(200) < 0.5).astype(float)
+        right = rng.random(200) < 0.54
+        low, high = _share_interval(pd.DataFrame({"actual_up": up, "up_probability": np.where(right, 0.1 + 0.8 * up, 0.9 - 0.8 * up)}))
+        missed += not low <= 0.54 <= high
+    assert missed / 300 < 0.09
 
 
 def test_constant_and_perfect_forecasts(forecasts):
