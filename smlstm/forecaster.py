@@ -203,6 +203,7 @@ def fit_forecaster(
     training: TrainConfig = TrainConfig(learning_rate=0.003),
     device: str = "auto",
     origin: Optional[dict] = None,
+    build=SMLSTM,  # makes the net from its `SMLSTMConfig`; a baseline may put another memory behind the same heads
     **fit_options,  # passed on to `fit`: checkpoint_dir, resume, progress
 ) -> tuple[Forecaster, History]:
     "Scale, cut, train and calibrate on the rows `train` of a table."
@@ -211,7 +212,7 @@ def fit_forecaster(
     place = pick_device(device)
     loaders = make_loaders(scaled, split, windows, training.seed, place)
     torch.manual_seed(training.seed)
-    net = SMLSTM(SMLSTMConfig(n_features=scaled.x.shape[1], **model))
+    net = build(SMLSTMConfig(n_features=scaled.x.shape[1], **model))
     history = fit(net, *loaders, training, device=device, **fit_options)
     net = net.cpu()
     calibration = calibrate(stream(net, scaled.x[: train.stop]), table, scaled, split, training.pos_weight)
