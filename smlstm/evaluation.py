@@ -7,8 +7,8 @@ __all__ = ['FORECAST_COLUMNS', 'MATERIAL', 'CausalityReport', 'CausalityError', 
            'ewma_variance', 'walk_forward', 'linear_forecast', 'FoldScores', 'evaluate_fold', 'SkillTest',
            'direction_test', 'loss_difference_test', 'skill_tests', 'Verdict', 'verdict', 'holm', 'verdicts',
            'evaluate', 'har_variance', 'garch_variance', 'add_baselines', 'contenders', 'confidence_set',
-           'comparison_table', 'conformal_intervals', 'interval_coverage', 'Illustration', 'illustrate',
-           'deflated_sharpe']
+           'comparison_table', 'conformal_quantile', 'conformal_intervals', 'interval_coverage', 'Illustration',
+           'illustrate', 'deflated_sharpe']
 
 # %% ../nbs/16_evaluation.ipynb #fb1bc059
 import math
@@ -490,6 +490,12 @@ def _mean_test(difference, horizon):
     return diebold_mariano_test(zero, difference, zero, criterion=lambda y, f: np.asarray(f), harvey_adj=True, horizon=horizon).pvalue
 
 # %% ../nbs/16_evaluation.ipynb #3fb1ee27
+def conformal_quantile(past,   # errors already seen, no NaN
+                       miss):  # share that may be larger
+    "The split-conformal quantile: of n errors the ceil((n + 1)(1 - miss))-th smallest; the largest where there are too few."
+    rank = min(max(math.ceil((len(past) + 1) * (1 - miss)), 1), len(past))
+    return np.partition(past, rank - 1)[rank - 1]
+
 def _past_quantile(scores, level, window, minimum, horizon, rate):
     "For each row, the adaptive conformal quantile of the scores known by then: the last `window`, none younger than `horizon` rows."
     out, miss = np.full(len(scores), np.nan), 1 - level
@@ -498,8 +504,7 @@ def _past_quantile(scores, level, window, minimum, horizon, rate):
         if not np.isnan(out[seen]): miss += rate * (1 - level - (scores[seen] > out[seen]))
         past = scores[max(seen + 1 - window, 0):seen + 1]
         past = past[~np.isnan(past)]
-        rank = min(max(math.ceil((len(past) + 1) * (1 - miss)), 1), len(past))
-        if len(past) >= minimum: out[row] = np.partition(past, rank - 1)[rank - 1]
+        if len(past) >= minimum: out[row] = conformal_quantile(past, miss)
     return out
 
 # %% ../nbs/16_evaluation.ipynb #ff22e65c
