@@ -103,8 +103,8 @@ def _moment(value, interval: str, name: str) -> pd.Timestamp:
         moment = pd.Timestamp(value)
     except (ValueError, TypeError):
         moment = pd.NaT
-    if moment is pd.NaT or isinstance(value, (bool, int, float)):
-        raise InvalidRequest(f"{name}={value!r} is not a date: write it as 2020-12-31")
+    if moment is pd.NaT or isinstance(value, (bool, int, float, np.number)) or moment.year < 1900:
+        raise InvalidRequest(f"{name}={value!r} is not a date since 1900: write it as 2020-12-31")
     if interval == "1d":
         return moment.tz_localize(None).normalize()
     return moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")
@@ -134,10 +134,13 @@ COLUMNS = ["open", "high", "low", "close", "volume"]
 
 def _tidy(raw: pd.DataFrame, where: str) -> pd.DataFrame:
     "The five columns as floats, adjusted; missing ones NaN. BadPrices where there is no close or a cell is not a number."
-    frame = raw.rename(columns=lambda c: str(c).strip().lower().replace("_", " ").replace("adjusted close", "adj close"))
+    frame = raw.rename(columns=lambda c: str(c).strip().lower().replace("_", " ").replace("adjusted", "adj").replace("adjclose", "adj close"))
     if "close" not in frame:
         raise BadPrices(f"{where} has no 'close' column; it has {list(raw.columns)}")
     wanted = [name for name in (*COLUMNS, "adj close") if name in frame]
+    twice = frame.columns[frame.columns.duplicated()].intersection(wanted)
+    if len(twice):
+        raise BadPrices(f"{where} has more than one column {twice[0]!r}: keep one of {list(raw.columns)}")
     try:
         frame = frame[wanted].apply(pd.to_numeric).astype(float)
     except (ValueError, TypeError) as error:
@@ -150,12 +153,13 @@ def _tidy(raw: pd.DataFrame, where: str) -> pd.DataFrame:
 
 # %% ../nbs/10_fetch.ipynb #07d1094e
 class PriceReport(NamedTuple):
-    "What `clean_prices` found. Dropped: `null`, `nonpositive`, `crossed`, `duplicates`. Listed only: the rest."
+    "What `clean_prices` found. Dropped: `null`, `nonpositive`, `crossed`, `duplicates`. Unknown from now on: `volume`. Listed only: the rest."
     rows: int
     null: "tuple[str, ...]" = ()
     nonpositive: "tuple[str, ...]" = ()
     crossed: "tuple[str, ...]" = ()
     duplicates: "tuple[str, ...]" = ()
+    volume: "tuple[str, ...]" = ()
     unordered: bool = False
     outside: "tuple[str, ...]" = ()
     zero_volume: "tuple[str, ...]" = ()
@@ -165,6 +169,7 @@ class PriceReport(NamedTuple):
 _FINDINGS = {
     "null": "rows without a price dropped", "nonpositive": "rows with a price of zero or less dropped",
     "crossed": "rows with the high below the low dropped", "duplicates": "repeated dates dropped, the last row kept",
+    "volume": "volumes below zero or infinite set to unknown",
     "outside": "rows with open or close outside the day's range", "zero_volume": "rows without volume",
     "jumps": "jumps of the size of a split", "missing": "bars missing that the exchange's calendar has",
 }
@@ -222,9 +227,9 @@ def clean_prices(
         worst = max(dropped, key=lambda name: len(dropped[name]), default="null")
         example = dropped[worst][0] if dropped else "none at all"
         raise BadPrices(f"only {len(kept)} of {len(frame)} rows are usable ({worst}: {example}, ...): choose other dates or another source")
-    if not (kept.volume > 0).any():
-        kept = kept.assign(volume=np.nan)
-    return kept, PriceReport(rows=len(kept), **found, **_odd(kept, expected))
+    wrong = (kept.volume < 0) | np.isinf(kept.volume)
+    kept = kept.assign(volume=kept.volume.mask(wrong) if (kept.volume[~wrong] > 0).any() else np.nan)
+    return kept, PriceReport(rows=len(kept), volume=_dates(kept.index[wrong]), **found, **_odd(kept, expected))
 
 # %% ../nbs/10_fetch.ipynb #b2e28d95
 class Provenance(NamedTuple):
@@ -297,6 +302,8 @@ def _sample(ticker: str, interval: str, start, end, why: str = "") -> Prices:
 def _read_dates(values: pd.Series, interval: str, where: str) -> pd.DatetimeIndex:
     "Session dates, or UTC instants, from what a file holds in its date column."
     try:
+        if values.isna().any():
+            raise ValueError(f"row {int(values.isna().to_numpy().argmax()) + 1} has none")
         if interval == "1d":
             text = values.astype(str).str.slice(0, 10) if not isinstance(values.dtype, pd.DatetimeTZDtype) else values.dt.tz_localize(None)
             return pd.DatetimeIndex(pd.to_datetime(text)).normalize().as_unit("ns")
@@ -329,19 +336,18 @@ def _read_file(path: Path, interval: str) -> pd.DataFrame:
 # %% ../nbs/10_fetch.ipynb #c07104cb
 @functools.lru_cache(maxsize=1)
 def _session():
-    "One HTTP session for all threads, yfinance's own kind, which notes how long a rate limit asks to wait."
+    "One HTTP session for all threads, yfinance's own kind, which notes the last status and how long a rate limit asks to wait."
     from curl_cffi import requests
 
     class Session(requests.Session):
         def request(self, *args, **kwargs):
             response = super().request(*args, **kwargs)
-            if response.status_code == 429:
-                _asked_to_wait.seconds = response.headers.get("Retry-After", "")
+            _answered.status, _answered.wait = response.status_code, response.headers.get("Retry-After", "")
             return response
 
     return Session(impersonate="chrome")
 
-_asked_to_wait = threading.local()
+_answered = threading.local()
 
 def yahoo_reachable(
     timeout: float = 4.0,            # seconds
@@ -438,11 +444,14 @@ def _translate(error: Exception, ticker: str, first, last, interval: str) -> Fet
     text, about = str(error), dict(ticker=ticker, interval=interval, first=first.date(), last=last.date())
     if type(error).__name__ == "YFRateLimitError":
         limited = RateLimited("Yahoo's rate limit")
-        limited.wait = _seconds(getattr(_asked_to_wait, "seconds", ""))
+        limited.wait = _seconds(getattr(_answered, "wait", ""))
         return limited
     for pattern, (kind, message) in _SAID.items():
         if type(error).__name__.startswith("YF") and re.search(pattern, text):
             return kind(message.format(**about))
+    status = getattr(_answered, "status", None)
+    if isinstance(error, ValueError) and status in (403, 407, 451):                              # a page of a guard instead of JSON
+        return YahooUnreachable(f"{_NO_WAY} (something on the way forbids it: HTTP {status})")
     if isinstance(error, OSError) and not yahoo_reachable():
         return YahooUnreachable(_NO_WAY)
     return TransientFailure(f"{type(error).__name__}: {text.splitlines()[0][:160] if text else 'no details'}")
@@ -478,14 +487,16 @@ def exchange_calendar(
 
 # %% ../nbs/10_fetch.ipynb #fd787032
 def _expected(meta: dict, first: pd.Timestamp, last: pd.Timestamp, interval: str) -> "pd.DatetimeIndex | None":
-    "Dates of the bars of sessions strictly inside [first, last) and the symbol's life; None where no calendar applies."
+    "Dates of the bars of sessions inside [first, last) and the symbol's life; None where no calendar applies."
     exchange, born, traded = _CALENDARS.get(meta.get("exchangeTimezoneName")), meta.get("born"), meta.get("traded")
     if exchange is None or meta.get("instrumentType") not in ("EQUITY", "ETF", "INDEX", "MUTUALFUND") or born is None or traded is None:
         return None
-    a = max(first.tz_localize(None), born.tz_localize(None)).normalize()
+    start, birth = first.tz_localize(None).normalize(), born.tz_localize(None).normalize()
+    whole = interval == "1d" and start > birth                          # an intraday range may begin in mid-session
+    a = max(start, birth)
     b = min(last.tz_localize(None), traded.tz_localize(None)).normalize()
     calendar = exchange_calendar(exchange, max(a.year, 1960))
-    days = calendar.sessions[(calendar.sessions > a) & (calendar.sessions < b)]
+    days = calendar.sessions[(calendar.sessions >= a if whole else calendar.sessions > a) & (calendar.sessions < b)]
     if interval == "1d":
         return days
     return None if calendar.has_break else _bar_starts(calendar.opens[days], calendar.closes[days], INTERVALS[interval].length)
@@ -524,6 +535,12 @@ class _Pace:
 _pace = _Pace(0.25)
 
 # %% ../nbs/10_fetch.ipynb #fd7d3d77
+def _check_patience(retries: int, delay: float, max_workers: int = 1) -> None:
+    "InvalidRequest for numbers that no loop can keep to."
+    for name, value, kinds, least in (("retries", retries, int, 1), ("delay", delay, (int, float), 0), ("max_workers", max_workers, int, 1)):
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf"):
+            raise InvalidRequest(f"{name}={value!r} must be a {'whole number' if kinds is int else 'number of seconds'}, at least {least}")
+
 def _retrying(ticker: str, retries: int, delay: float, stop: threading.Event) -> Retrying:
     "tenacity's loop: transient failures only, exponential waits with jitter, a line for each."
     backoff = wait_exponential(multiplier=delay, max=300) + wait_random(0, delay)
@@ -585,6 +602,7 @@ def safe_fetch(
 ) -> pd.DataFrame:                   # price frame
     "One request's worth of prices, tried until it is whole. FetchError's subclasses say what is wrong for good."
     ticker, interval = check_ticker(ticker), check_interval(interval)
+    _check_patience(retries, delay)
     first, last = _span(start, end, interval)
     _require_yahoo()
     answer = _fetch(ticker, first, last, interval, retries, delay, threading.Event())
@@ -630,11 +648,14 @@ class Stored(NamedTuple):
     frame: pd.DataFrame
     note: dict
 
+def _seal(frame: pd.DataFrame, note: bytes) -> bytes:
+    "A hash of the rows and of the note."
+    return hashlib.sha256(frame_hash(frame).encode() + note).hexdigest().encode()
+
 def _write(path: Path, stored: Stored) -> None:
     "Write a Parquet file in one step."
-    note = stored.note | {"sha256": frame_hash(stored.frame)}
-    table = pa.Table.from_pandas(stored.frame)
-    table = table.replace_schema_metadata({**table.schema.metadata, b"smlstm": json.dumps(note).encode()})
+    note, table = json.dumps(stored.note).encode(), pa.Table.from_pandas(stored.frame)
+    table = table.replace_schema_metadata({**table.schema.metadata, b"note": note, b"seal": _seal(stored.frame, note)})
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -651,11 +672,15 @@ def _read(path: Path) -> "Stored | None":
     if not path.is_file():
         return None
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))       # opened once: a file replaced meanwhile cannot mix
-        stored = Stored(table.to_pandas(), json.loads(table.schema.metadata[b"smlstm"]))
-        if frame_hash(stored.frame) == stored.note["sha256"]:
-            return stored
-        damage = "its hash does not match"
+        data = path.read_bytes()                                        # opened once: a file replaced meanwhile cannot mix
+    except OSError as error:
+        raise FetchError(f"cannot read {path}: {error}; pass cache_dir= with another folder") from error
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        frame, note, seal = table.to_pandas(), *(table.schema.metadata[name] for name in (b"note", b"seal"))
+        if _seal(frame, note) == seal:
+            return Stored(frame, json.loads(note))
+        damage = "its seal does not match"
     except Exception as error:                                          # a torn file can raise anything
         damage = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
     os.replace(path, path.with_name(path.name + ".corrupt"))
@@ -666,15 +691,20 @@ def _read(path: Path) -> "Stored | None":
 def _chunk(ticker, first, last, interval, retries, delay, stop, folder: Path) -> Answer:
     "One chunk from disk, or from Yahoo and then on disk."
     path = folder / f"{first:%Y%m%d%H%M}_{last:%Y%m%d%H%M}.parquet"
-    kept = _read(path)
-    if kept is not None and kept.note["day"] == str(_now().date()):
+    kept, now = _read(path), _now()
+    if kept is not None and _still_good(pd.Timestamp(kept.note["at"]), now, last):
         return Answer(kept.frame, _meta_from(kept.note["meta"]))
     try:
         answer = _fetch(ticker, first, last, interval, retries, delay, stop)
     except NoPrices:
         answer = Answer(_nothing(first), {})
-    _write(path, Stored(answer.frame, {"day": str(_now().date()), "meta": _meta_note(answer.meta)}))
+    _write(path, Stored(answer.frame, {"at": now.isoformat(), "meta": _meta_note(answer.meta)}))
     return answer
+
+def _still_good(at: pd.Timestamp, now: pd.Timestamp, last: pd.Timestamp) -> bool:
+    "Whether a chunk up to `last` that was asked for at `at` would come the same again."
+    past = last <= (at if last.tzinfo is not None else at.tz_localize(None))
+    return at.date() == now.date() and (past or now - at < pd.Timedelta(hours=1))
 
 def _meta_note(meta: dict) -> dict:
     "What is worth keeping of Yahoo's description, as JSON."
@@ -716,6 +746,7 @@ def get_stock_data(
 ) -> pd.DataFrame:                   # price frame
     "A long history, fetched in chunks side by side and resumed after an interruption. Raises as `safe_fetch` does."
     ticker, interval = check_ticker(ticker), check_interval(interval)
+    _check_patience(retries, delay, max_workers)
     first, last = _span(start_date, end_date, interval)
     path = _cache_file(ticker, interval, cache_dir)
     with _locked(path):
@@ -733,12 +764,18 @@ def _locked(path: Path):
     lock = FileLock(path.with_suffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1800)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            tqdm.write(f"another process is fetching {path.stem}: waiting for it")
+            lock.acquire(timeout=1800)
     except Timeout:
         raise FetchError(f"another process has been fetching {path.stem} for half an hour: end it, or pass another cache_dir") from None
     except OSError as error:
         raise FetchError(f"cannot write {path.parent}: {error}; pass cache_dir= with a folder that can be written") from error
     try:
+        for torn in path.parent.glob(f"{path.name}.*.tmp"):
+            torn.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -767,7 +804,12 @@ def _rewritten(old: pd.DataFrame, new: pd.DataFrame) -> bool:
 def _update(ticker: str, first, last, interval: str, path: Path, fresh: pd.Timedelta, retries: int, delay: float) -> "tuple[Stored, bool]":
     "The cache file brought up to cover [first, last), and whether Yahoo was asked."
     def get(a, b) -> Answer:
-        return _download(ticker, a, b, interval, path.with_suffix(".parts"), 3, retries, delay)
+        try:
+            return _download(ticker, a, b, interval, path.with_suffix(".parts"), 3, retries, delay)
+        except NoPrices:
+            if stored is None:
+                raise
+            return Answer(_nothing(a), _meta_from(stored.note["meta"]))
 
     with _locked(path):
         stored, now = _read(path), _now() if first.tzinfo is not None else _now().tz_localize(None)
@@ -780,18 +822,27 @@ def _update(ticker: str, first, last, interval: str, path: Path, fresh: pd.Timed
             a, b = min(a, pd.Timestamp(stored.note["from"])), max(b, pd.Timestamp(stored.note["to"]))
             if any(_rewritten(stored.frame, piece.frame) for piece in pieces):
                 tqdm.write(f"{ticker}: Yahoo has rewritten its history (a dividend or split), so all of it is fetched again")
-                a, stored = max(a, _oldest(interval, a)), None
-                pieces = [get(a, b)]
+                a = max(a, _oldest(interval, a))
+                pieces, stored = [_no_worse(get(a, b), stored, a, path)], None
         frame = _joined(stored, pieces)
         note = {"from": str(a), "to": str(min(b, now)), "retrieved": _now().isoformat(), "meta": _meta_note(pieces[-1].meta)}
         _write(path, Stored(frame, note))
         return Stored(frame, note), True
 
+def _no_worse(answer: Answer, stored: Stored, first, path: Path) -> Answer:
+    "The answer, unless it lacks more than a hundredth of the rows that are stored: then TransientFailure."
+    known = stored.frame.index[stored.frame.index >= first]
+    lost = known.difference(answer.frame.index[answer.frame.close.notna()])
+    if len(lost) > max(3, len(known) / 100):
+        raise TransientFailure(f"Yahoo's new history lacks {len(lost)} of {len(known)} rows ({_dates(lost[:1])[0]}, ...), so the old one stays: try again later, or delete {path}")
+    return answer
+
 # %% ../nbs/10_fetch.ipynb #24fbcba0
 def _joined(stored: "Stored | None", pieces: "list[Answer]") -> pd.DataFrame:
-    "Stored rows and new ones in order of time, the newest version of each."
+    "Stored rows and new ones in order of time, of each the newest version that has a close."
     frames = ([] if stored is None else [stored.frame]) + [piece.frame for piece in pieces]
     frame = pd.concat([frame for frame in frames if len(frame)])
+    frame = pd.concat([frame[frame.close.isna()], frame[frame.close.notna()]])
     return frame[~frame.index.duplicated(keep="last")].sort_index()
 
 # %% ../nbs/10_fetch.ipynb #c8e97261
@@ -807,6 +858,7 @@ def load_prices(
 ) -> Prices:                         # a checked price frame and its provenance
     "Prices, and what they are. Raises a FetchError that says what to do."
     ticker, interval = check_ticker(ticker), check_interval(interval)
+    _check_patience(retries, delay)
     if source == "sample":
         prices = _sample(ticker, interval, start, end)
     elif source in ("auto", "yahoo"):
@@ -840,10 +892,10 @@ def _from_yahoo(ticker: str, source: str, start, end, interval: str, cache_dir, 
     asked, why = False, ""
     try:
         stored, asked = _update(ticker, first, last, interval, path, fresh, retries, delay)
-    except YahooUnreachable:
+    except YahooUnreachable as error:
         stored = _read(path) if source == "auto" else None
         if stored is None or pd.Timestamp(stored.note["from"]) > first or _cut(stored.frame, first, last).empty:
-            return _stand_in(ticker, source, start, end, interval)
+            return _stand_in(ticker, source, start, end, interval, error)
         why = f"Yahoo could not be reached, so these are the prices of {stored.note['retrieved']}."
         tqdm.write(f"{ticker}: {why}")
     meta = _meta_from(stored.note["meta"])
@@ -855,14 +907,14 @@ def _from_yahoo(ticker: str, source: str, start, end, interval: str, cache_dir, 
     return _labelled(frame, ticker, ticker, name, "yahoo" if asked else "cache", interval, stored.note["retrieved"], why, describe_report(report))
 
 # %% ../nbs/10_fetch.ipynb #c2d5c721
-def _stand_in(ticker: str, source: str, start, end, interval: str) -> Prices:
+def _stand_in(ticker: str, source: str, start, end, interval: str, why: YahooUnreachable) -> Prices:
     "The bundled twin with a loud banner, or YahooUnreachable."
     if source != "auto" or ticker not in TWINS or interval != "1d":
-        raise YahooUnreachable(_NO_WAY)
+        raise why
     try:
         prices = _sample(ticker, interval, start, end, "Yahoo could not be reached, so this bundled series stands in.")
     except NoPrices as error:
-        raise YahooUnreachable(f"{_NO_WAY}. {str(error)[0].upper()}{str(error)[1:]}") from None
+        raise YahooUnreachable(f"{why}. {str(error)[0].upper()}{str(error)[1:]}") from None
     tqdm.write(f"*** {prices.provenance.banner}")
     return prices
 

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from smlstm.fetch import (BadPrices, FetchError, InvalidRequest, NoPrices, Range
                           YahooUnreachable, fetch_chunk, frame_hash, get_stock_data, load_prices, merge_datasets, safe_fetch)
 from yahoo_server import Series, YahooServer, calendar, closed_sessions, daily, hourly, walk
 
-START, END = "2015-01-02", "2016-01-04"
+START, END = "2015-01-05", "2016-01-04"
 FAST = dict(delay=0.01)
 
 
@@ -75,7 +76,7 @@ TRANSIENT = {
     "short of its length": ["short"], "cut JSON": ["cut"] * 2, "a page instead of JSON": ["html"], "no body": ["blank"],
     "null": ["null"], "down for repair": ["back_soon"], "no description": ["no_meta"], "no quotes once": ["no_quotes"],
     "empty once": ["empty"], "half the rows once": ["half"], "holes once": ["holes"], "null closes once": ["nulls"],
-    "the same half twice": ["half"] * 2, "empty twice": ["empty"] * 2,
+    "without its first day": ["late"], "the same half twice": ["half"] * 2, "empty twice": ["empty"] * 2,
     "all of it in turn": ["limit", "limit", "error", "error", "cut", "html", "reset", "half", "null"],
 }
 
@@ -88,10 +89,11 @@ def test_transient_failures_end_in_the_right_frame(yahoo, faults):
     assert not yahoo.faults
 
 
-def test_retry_after_is_respected(yahoo, capsys):
-    yahoo.faults = ["limit_after"] * 2                      # yfinance itself asks twice
+@pytest.mark.parametrize("fault", ["limit_after", "limit_until"])
+def test_retry_after_is_respected(yahoo, capsys, fault):
+    yahoo.faults = [fault] * 2                              # yfinance itself asks twice
     same(safe_fetch("SPY", START, END, **FAST), truth(spy(), START, END))
-    assert "next in 1 s" in capsys.readouterr().out         # not the hundredth of a second of the first backoff
+    assert re.search("next in [12] s", capsys.readouterr().out)         # not the hundredth of a second of the first backoff
 
 
 def test_patience_ends(yahoo, capsys):
@@ -125,6 +127,13 @@ def test_permanent_failures_end_at_once(yahoo, fault, kind, says, tmp_path):
     assert not list(tmp_path.rglob("*.parquet"))
 
 
+def test_a_guard_on_the_way_is_no_way(yahoo, tmp_path):
+    yahoo.fault = lambda asked: "forbidden"
+    with pytest.raises(YahooUnreachable, match="HTTP 403"):
+        load_prices("SPY", "yahoo", START, END, cache_dir=tmp_path, delay=1000)
+    assert load_prices("SPY", cache_dir=tmp_path, delay=1000).provenance.substitute
+
+
 def test_a_symbol_yahoo_never_had(yahoo, tmp_path):
     with pytest.raises(UnknownTicker, match="NOSUCH"):
         load_prices("NOSUCH", cache_dir=tmp_path, delay=1000)
@@ -141,12 +150,19 @@ def test_empty_three_times_is_no_prices(yahoo):
     (dict(ticker="../../etc/passwd"), InvalidRequest), (dict(ticker="A/B"), InvalidRequest), (dict(interval="7q"), InvalidRequest),
     (dict(start="2016-01-01", end="2015-01-01"), InvalidRequest), (dict(start="2999-01-01"), InvalidRequest), (dict(start="soon"), InvalidRequest),
     (dict(source="nowhere"), InvalidRequest), (dict(source=None), InvalidRequest), (dict(ticker="US0378331005"), InvalidRequest), (dict(source="nowhere.csv"), InvalidRequest), (dict(interval="1h", start="2001-01-01"), RangeOutOfReach),
-    (dict(source="sample", ticker="AAPL"), InvalidRequest), (dict(source="sample", start="2020-01-01"), NoPrices),
+    (dict(start="0001-01-01"), InvalidRequest), (dict(start=np.int64(5)), InvalidRequest), (dict(retries=0), InvalidRequest), (dict(delay=-1), InvalidRequest),
+    (dict(delay=float("nan")), InvalidRequest), (dict(source="sample", ticker="AAPL"), InvalidRequest), (dict(source="sample", start="2020-01-01"), NoPrices),
 ])
 def test_wrong_requests_never_reach_the_wire(yahoo, tmp_path, bad, kind):
     with pytest.raises(kind):
         load_prices(**{"cache_dir": tmp_path, "delay": 1000, **bad})
     assert yahoo.log == [] and list(tmp_path.rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True])
+def test_a_pool_has_workers(yahoo, tmp_path, workers):
+    with pytest.raises(InvalidRequest, match="max_workers"):
+        get_stock_data("SPY", START, END, workers, cache_dir=tmp_path)
 
 
 # --- what the rows may hold ---------------------------------------------------------------------------------------
@@ -358,8 +374,21 @@ def test_chunks_of_another_day_are_not_trusted(yahoo, tmp_path, monkeypatch):
         get_stock_data("SPY", "2010-01-04", END, cache_dir=tmp_path, **FAST)
     for path in tmp_path.rglob("*.parts/*.parquet"):
         stored = fetch._read(path)
-        fetch._write(path, fetch.Stored(stored.frame * 2, stored.note | {"day": "2001-01-01"}))
+        fetch._write(path, fetch.Stored(stored.frame * 2, stored.note | {"at": "2001-01-01T12:00:00+00:00"}))
     same(get_stock_data("SPY", "2010-01-04", END, cache_dir=tmp_path, **FAST), truth(spy(), "2010-01-04", END))
+
+
+def test_a_chunk_that_reaches_into_the_present_ages(yahoo, tmp_path, monkeypatch):
+    whole, morning = spy(), fetch._now().normalize()
+    with monkeypatch.context() as patch:                                # stopped in the morning, before the last bar was there
+        patch.setattr(fetch.shutil, "rmtree", lambda *a, **k: None)
+        patch.setattr(fetch, "_now", lambda: morning)
+        yahoo.series[("SPY", "1d")] = Series(whole.bars.iloc[:-1])
+        get_stock_data("SPY", "2010-01-04", None, cache_dir=tmp_path, **FAST)
+    yahoo.series[("SPY", "1d")], yahoo.log = whole, []
+    monkeypatch.setattr(fetch, "_now", lambda: morning + pd.Timedelta(hours=23))
+    same(get_stock_data("SPY", "2010-01-04", None, cache_dir=tmp_path, **FAST), truth(whole, "2010-01-04", "2999-01-01"))
+    assert len(yahoo.log) == 1                                          # the older chunks were whole and still are
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -385,6 +414,34 @@ def test_only_missing_ranges_are_asked_for(yahoo, tmp_path):
         span = pd.Timedelta(seconds=asked[3] - asked[2])
         assert span < pd.Timedelta(days=385), span
         assert old is None or pd.Timestamp(asked[2], unit="s") > pd.Timestamp(old)
+
+
+def test_years_before_the_first_trade_take_nothing_away(yahoo, tmp_path):
+    yahoo.series[("NEW", "1d")] = series = daily(years=3)
+    for start in ("2020-01-02", "2012-01-03"):
+        same(load_prices("NEW", start=start, cache_dir=tmp_path, **FAST).frame, truth(series, "2000-01-01", "2999-01-01"))
+    with pytest.raises(NoPrices):
+        load_prices("NEW", start="2012-01-03", end="2013-01-02", cache_dir=tmp_path, **FAST)
+
+
+def test_a_null_never_replaces_a_price(yahoo, tmp_path):
+    load_prices("SPY", start="2012-01-03", end="2013-01-01", cache_dir=tmp_path, **FAST)
+    yahoo.mangle = lambda rows: rows.assign(close=rows.close.where(rows.index > "2012-12-29"))
+    same(load_prices("SPY", start="2012-01-03", end="2014-01-01", cache_dir=tmp_path, **FAST).frame, truth(spy(), "2012-01-03", "2014-01-01"))
+
+
+def test_a_new_history_full_of_holes_is_no_reason_to_give_up_the_old(yahoo, tmp_path):
+    yahoo.series[("DIV", "1d")] = series = daily(seed=1)
+    load_prices("DIV", start="2010-01-04", end="2014-01-01", cache_dir=tmp_path, **FAST)
+    path, two_years = tmp_path / "DIV_1d_adjusted.parquet", 2 * 365 * 86400
+    before = path.read_bytes()
+    series.bars.loc[series.bars.index < "2014-03-01", "factor"] = 0.995
+    yahoo.fault = lambda asked: "half" if asked[3] - asked[2] > two_years else None
+    with pytest.raises(TransientFailure, match="the old one stays"):
+        load_prices("DIV", start="2010-01-04", end="2015-01-01", cache_dir=tmp_path, **FAST)
+    assert path.read_bytes() == before
+    yahoo.fault = None
+    same(load_prices("DIV", start="2010-01-04", end="2015-01-01", cache_dir=tmp_path, **FAST).frame, truth(series, "2010-01-04", "2015-01-01"))
 
 
 def test_recent_bars_are_refreshed(yahoo, tmp_path):
@@ -430,6 +487,23 @@ def test_a_failed_update_leaves_the_cache_as_it_was(yahoo, tmp_path, fault, kind
     assert path.read_bytes() == before
     yahoo.fault = None
     same(load_prices("SPY", start=START, end="2018-01-01", cache_dir=tmp_path, **FAST).frame, truth(spy(), START, "2018-01-01"))
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    path = tmp_path / "A.parquet"
+    fetch._write(path, fetch.Stored(truth(spy(), "2015-01-05", "2015-02-05"), {"from": "2015-01-05 00:00:00", "to": "2015-02-05 00:00:00"}))
+    whole, good = path.read_bytes(), fetch._read(path)
+    at_note = whole.index(b"2015-02-05")
+    for i in (*range(at_note, at_note + 10), *range(0, len(whole), 29)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1:])
+        got = fetch._read(path)
+        assert got is None or got.note == good.note and got.frame.equals(good.frame), i
+
+
+def test_what_a_killed_writer_left_is_cleared_away(yahoo, tmp_path):
+    (tmp_path / "SPY_1d_adjusted.parquet.1-2.tmp").write_bytes(b"PAR1")
+    load_prices("SPY", start=START, end=END, cache_dir=tmp_path, **FAST)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path, monkeypatch):
@@ -548,12 +622,26 @@ def test_files_round_trip(tmp_path):
 @pytest.mark.parametrize("text, says", [
     ("", "cannot be read"), ("Date,Open\n2020-01-01,1\n", "no 'close' column"), ("Date,Close\nyesterday,1\n", "dates cannot be read"),
     ("Date,Close\n2020-01-01,one\n", "not a number"), ("Date,Close\n", "usable"), ("Date,Close\n2020-01-01,-3\n", "usable"), ("Close\n1\n", "date column"),
+    ("Date,Close,close\n2020-01-01,1,2\n", "more than one column 'close'"), ("Date,Close\n2020-01-01,1\n,1\n", "row 2 has none"),
 ])
 def test_bad_files_end_in_one_clear_error(tmp_path, text, says):
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(BadPrices, match=says):
         load_prices("ABC", str(path))
+
+
+@pytest.mark.parametrize("name", ["Adj Close", "adj_close", "AdjClose", "Adjusted Close", "adjusted_close"])
+def test_an_adjusted_close_adjusts(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"Date,Open,Close,{name}\n2020-01-02,4,4,2\n2020-01-03,5,5,2.5\n")
+    frame = load_prices("ABC", str(tmp_path / "a.csv")).frame
+    assert list(frame.close) == [2, 2.5] and list(frame.open) == [2, 2.5]
+
+
+def test_an_impossible_volume_is_unknown(tmp_path):
+    (tmp_path / "a.csv").write_text("Date,Close,Volume\n2020-01-02,4,-7\n2020-01-03,5,inf\n2020-01-06,5,9\n")
+    got = load_prices("ABC", str(tmp_path / "a.csv"))
+    assert list(got.frame.volume.isna()) == [True, True, False] and any("2 volumes" in note for note in got.provenance.notes)
 
 
 def test_intraday_files_need_a_zone(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -179,6 +180,12 @@ class Handler(BaseHTTPRequestHandler):
     def fault_limit_after(self, body, *_):
         self.send(429, b"Too Many Requests", [("Retry-After", "1")])
 
+    def fault_limit_until(self, body, *_):
+        self.send(429, b"Too Many Requests", [("Retry-After", formatdate(time.time() + 2, usegmt=True))])
+
+    def fault_forbidden(self, body, *_):
+        self.send(403, b"<html>Forbidden</html>")
+
     def fault_error(self, body, *_):
         self.send(500, b"<html>Internal Server Error</html>")
 
@@ -234,6 +241,10 @@ class Handler(BaseHTTPRequestHandler):
         symbol, interval, p1, p2 = asked
         half = chart(series, p1, p2, interval, lambda rows: rows.iloc[:len(rows) // 2])
         self.send(200, json.dumps(half).encode())
+
+    def fault_late(self, body, series, asked):
+        symbol, interval, p1, p2 = asked
+        self.send(200, json.dumps(chart(series, p1 + 2 * 86400, p2, interval)).encode())
 
     def fault_holes(self, body, series, asked):
         symbol, interval, p1, p2 = asked
