@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTUAL', 'MODEL', 'BASELINE', 'SOFT', 'REGIMES', 'STYLE', 'LOSSES', 'plot_prices', 'plot_folds', 'plot_training',
            'plot_forecast', 'plot_regimes', 'plot_calibration', 'plot_loss_difference', 'plot_volatility',
-           'plot_memory', 'interactive_price_regimes']
+           'plot_illustration', 'plot_memory', 'interactive_price_regimes']
 
 # %% ../nbs/17_plots.ipynb #b9846249
 import matplotlib as mpl
@@ -14,9 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .evaluation import known_forecasts
+from .evaluation import illustrate, known_forecasts
 from .metrics import qlike_loss, reliability_curve
 
 # %% ../nbs/17_plots.ipynb #5ee49eac
@@ -112,19 +112,26 @@ def plot_forecast(forecasts: pd.DataFrame,  # a forecast frame; `lower_close` an
     lower.set(ylabel="move from last close, %"); lower.axhline(0, color=SOFT, lw=0.8); _dated(lower, when)
     return figure
 
-# %% ../nbs/17_plots.ipynb #c3d535f5
+# %% ../nbs/17_plots.ipynb #111c7a47
 def _regime_weights(forecasts): return forecasts.filter(regex=r"^regime_\d+$")
 
+def _in_stretches(weights: pd.DataFrame, most=100) -> pd.DataFrame:
+    "Each row's weights replaced by the mean of its stretch; at most `most` stretches of equal length."
+    stretch = np.arange(len(weights)) * min(most, len(weights)) // len(weights)
+    return weights.groupby(stretch).transform("mean")
+
+# %% ../nbs/17_plots.ipynb #c3d535f5
 @mpl.rc_context(STYLE)
 def plot_regimes(forecasts: pd.DataFrame) -> Figure:
     "Close over bands coloured by the likeliest regime, above the weights of all regimes."
     f, weights = known_forecasts(forecasts), _regime_weights(known_forecasts(forecasts))
-    when, likeliest = _times(f.date), weights.to_numpy().argmax(1)
+    when, shown = _times(f.date), _in_stretches(weights).to_numpy()
+    likeliest = shown.argmax(1)
     figure = Figure(figsize=(9, 4.6)); upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(when, f.close, color=ACTUAL, lw=1); _log(upper)
     for start, stop in _runs(likeliest):
         upper.axvspan(when[start], when[min(stop, len(when) - 1)], color=REGIMES[likeliest[start] % 4], alpha=0.3, lw=0)
-    lower.stackplot(when, weights.to_numpy().T, colors=REGIMES, alpha=0.8, lw=0)
+    lower.stackplot(when, shown.T, step="post", colors=REGIMES, alpha=0.8, lw=0)
     upper.legend(handles=[mpl.patches.Patch(color=c, alpha=0.5, label=f"regime {i + 1}: {share:.0%}") for i, (c, share) in enumerate(zip(REGIMES, weights.mean()))],
                  ncols=4, loc="upper left")
     upper.set(title="Likeliest regime over the close, and the weights of all regimes", ylabel="close (log)")
@@ -135,6 +142,11 @@ def _runs(values):
     "(start, stop) of each stretch of equal values."
     cuts = np.flatnonzero(np.diff(values)) + 1
     return zip(np.r_[0, cuts], np.r_[cuts, len(values)])
+
+# %% ../nbs/17_plots.ipynb #4f4a5287
+def _percent(value, _=None):
+    "As many decimals as a share needs, at most one: 50%, 52.5%."
+    return f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 # %% ../nbs/17_plots.ipynb #a351b775
 @mpl.rc_context(STYLE)
@@ -150,7 +162,7 @@ def plot_calibration(forecasts: pd.DataFrame, bins=10) -> Figure:
     upper.set(title="Do the probabilities mean what they say?", ylabel="share that rose"); upper.legend(loc="upper left")
     bottom, top = upper.get_ylim(); upper.set_ylim(bottom, top + 0.25 * (top - bottom))
     lower.hist(f.up_probability, bins=40, color=MODEL, alpha=0.7); lower.set(xlabel="forecast probability of a rise", ylabel="rows")
-    for axis in (upper.yaxis, upper.xaxis): axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axis in (upper.yaxis, upper.xaxis): axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10])); axis.set_major_formatter(_percent)
     return figure
 
 # %% ../nbs/17_plots.ipynb #13ead9e4
@@ -193,6 +205,22 @@ def plot_volatility(forecasts: pd.DataFrame,
     axes.set(title="Volatility: forecast and measured", ylabel="% a year (log)"); axes.legend(ncols=4); _dated(axes, when)
     return figure
 
+# %% ../nbs/17_plots.ipynb #ffd18ca1
+@mpl.rc_context(STYLE)
+def plot_illustration(forecasts: pd.DataFrame,
+                      **rule,  # passed on to `illustrate`: cost, margin, short
+                      ) -> Figure:
+    "Wealth of the simple rule after costs and of always holding, above the rule's position."
+    f = known_forecasts(forecasts)
+    ours, held = illustrate(f, **rule), illustrate(f.assign(up_probability=1.0), **rule)
+    figure = Figure(figsize=(9, 3.8)); upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1)); when = ours.frame.index
+    for one, color, name in ((held, BASELINE, "always in"), (ours, MODEL, "rule")):
+        upper.plot(when, one.frame.wealth, color=color, label=f"{name}: {one.annual_return:+.1%} a year, Sharpe {one.sharpe:.2f}, worst fall {one.max_drawdown:.0%}")
+    upper.set(title="An illustration, not advice: wealth of one unit after costs", ylabel="wealth (log)"); _log(upper); upper.legend(loc="upper left")
+    lower.fill_between(when, ours.frame.position, step="post", color=MODEL, alpha=0.4, lw=0)
+    lower.set(ylabel="position", ylim=(min(0, ours.frame.position.min()) - 0.05, 1.05)); _dated(lower, when)
+    return figure
+
 # %% ../nbs/17_plots.ipynb #6aac1dbe
 @mpl.rc_context(STYLE)
 def plot_memory(memory,                # [d, d], or several as [n, d, d]
@@ -222,7 +250,7 @@ def _price_panel(figure, f, when):
 
 def _regime_panels(figure, weights, when):
     "Likeliest regime as a shade behind the price, and the weights of all regimes stacked below it."
-    likeliest = weights.to_numpy().argmax(1)
+    likeliest = _in_stretches(weights).to_numpy().argmax(1)
     for i, name in enumerate(weights):
         look = dict(x=when, mode="lines", legendgroup=name, line=dict(width=0, color=REGIMES[i % 4], shape="hv"))
         figure.add_scatter(y=(likeliest == i).astype("int8"), yaxis="y4", fill="tozeroy", fillcolor=f"rgba{(*(int(REGIMES[i % 4][j:j + 2], 16) for j in (1, 3, 5)), 0.25)}", hoverinfo="skip", showlegend=False, **look)
@@ -235,6 +263,7 @@ def interactive_price_regimes(forecasts: pd.DataFrame) -> go.Figure:
     figure, when = go.Figure(layout=_INTERACTIVE), _times(f.target_date)
     _regime_panels(figure, _regime_weights(f), when)
     _price_panel(figure, f, when)
+    figure.layout.yaxis.tickvals = [m * 10.0 ** e for e in range(-6, 8) for m in (1, 1.5, 2, 3, 5, 7)]
     figure.add_scatter(x=when, y=f.up_probability, name="probability of a rise", yaxis="y3", line=dict(color=REGIMES[2], width=1), hovertemplate="%{y:.1%}")
     return figure
 
