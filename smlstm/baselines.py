@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LSTM', 'n_parameters', 'lstm_like', 'ablations', 'build_models', 'PlantedScore', 'learn_planted', 'learn_recall',
-           'boosted_forecast']
+           'boosted_forecast', 'add_learned']
 
 # %% ../nbs/22_baselines.ipynb #bd829304
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .forecaster import Table, fit_forecaster
 from .losses import calibrated_probability
 from .metrics import hit_rate, qlike, qlike_scale
 from .model import SMLSTM, Forecast, SMLSTMConfig
@@ -132,3 +133,21 @@ def boosted_forecast(features: pd.DataFrame, targets: pd.DataFrame,  # of all ro
         out[name] = trees.predict(new)
         if name == "log_variance": scale = qlike_scale(np.exp(targets[name].iloc[rows]), np.exp(trees.predict(features.iloc[rows])))
     return pd.DataFrame({"log_return": out["log_return"], "up_probability": out["up"], "variance": scale * np.exp(out["log_variance"])}, index=new.index)
+
+# %% ../nbs/22_baselines.ipynb #6258a1a0
+def add_learned(forecasts: pd.DataFrame,  # a forecast frame made from `table` on these folds
+                table: Table,
+                folds: list,          # from `time_folds`
+                **settings,           # of `fit_forecaster`: model, windows, training, device
+                ) -> pd.DataFrame:
+    "The frame with forecasts of `nn.LSTM` and, where LightGBM is installed, of boosted trees, fitted on each fold's training rows."
+    close, parts = table.bars.close, []
+    for fold in folds:
+        net, _ = fit_forecaster(table, fold.train, build=lambda config: lstm_like(SMLSTM(config)), **settings)
+        said = net.forecast(table).iloc[fold.test]
+        columns = {"lstm_close": said.forecast_close, "lstm_probability": said.up_probability, "lstm_variance": said.forecast_variance}
+        try: trees = boosted_forecast(table.features, table.targets, fold.train, fold.test, table.horizon)
+        except ImportError: pass
+        else: columns |= {"boosted_close": close.iloc[fold.test] * np.exp(trees.log_return), "boosted_probability": trees.up_probability, "boosted_variance": trees.variance}
+        parts.append(pd.DataFrame({name: np.asarray(values, float) for name, values in columns.items()}).assign(date=table.features.index[fold.test]))
+    return forecasts.join(pd.concat(parts).set_index("date"), on="date")
