@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NOTES', 'STYLE', 'SCORES_NOTE', 'ParameterError', 'Rule', 'whole',
-           'number', 'one_of', 'check_parameters', 'Stopwatch', 'announce', 'plain', 'write_json', 'versions',
-           'manifest', 'run_folder', 'write_run', 'score_table', 'regime_table', 'summary_table', 'figure_html',
-           'build_report']
+           'number', 'one_of', 'check_parameters', 'check_history', 'Stopwatch', 'announce', 'plain', 'write_json',
+           'versions', 'manifest', 'run_folder', 'write_run', 'score_table', 'regime_table', 'summary_table',
+           'figure_html', 'build_report']
 
 # %% ../nbs/20_report.ipynb #a4091859
 import base64
@@ -36,7 +36,11 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
+from .device import pick_device
+from .features import WARMUP
 from .fetch import INTERVALS, check_interval, check_ticker
+from .forecaster import WindowConfig, split_rows
+from .sequences import time_folds
 
 # %% ../nbs/20_report.ipynb #05bd1b5b
 class ParameterError(ValueError):
@@ -65,17 +69,18 @@ def one_of(*values) -> Rule:
 # %% ../nbs/20_report.ipynb #426e76e8
 def _is_date(value) -> bool:
     if value is None: return True
-    try: return isinstance(value, str) and len(value) >= 8 and not pd.isna(pd.Timestamp(value))
+    try: return isinstance(value, str) and len(value) >= 8 and pd.Timestamp(value).year >= 1900
     except ValueError: return False
 
 def _is_source(value) -> bool:
-    return value in ("auto", "yahoo", "sample") or isinstance(value, str) and Path(value).suffix in (".csv", ".parquet") and Path(value).is_file()
+    return value in ("auto", "yahoo", "sample") or isinstance(value, str) and Path(value).suffix.lower() in (".csv", ".parquet") and Path(value).is_file()
 
 def _is_writable(value) -> bool:
-    if not isinstance(value, (str, Path)) or not str(value): return False
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value): return False
     folder = Path(value).absolute()
-    while not folder.exists(): folder = folder.parent
-    try: tempfile.TemporaryDirectory(dir=folder).cleanup()
+    try:
+        while not folder.exists(): folder = folder.parent
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
     except OSError: return False
     return True
 
@@ -88,7 +93,7 @@ def _passes(check) -> Callable:
 
 RULES = {
     "ticker": Rule("a plain symbol such as SPY, ^GSPC or BTC-USD", _passes(check_ticker)),
-    "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _is_source),
+    "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _passes(_is_source)),
     "start": Rule("a date such as '2010-01-31', or None", _is_date),
     "end": Rule("a date such as '2010-01-31', or None", _is_date),
     "interval": Rule(f"a bar length, one of {', '.join(INTERVALS)}", _passes(check_interval)),
@@ -99,7 +104,7 @@ RULES = {
     "epochs": whole(1, 10_000), "batch_size": whole(1, 65_536), "accumulate": whole(1, 1024), "patience": whole(1, 10_000),
     "learning_rate": number(0, 1, above=True), "weight_decay": number(0, 1), "clip": number(0, 1000, above=True), "min_delta": number(0, 1000),
     "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False),
-    "device": one_of("auto", "cpu", "cuda", "xla"),
+    "device": Rule(f"{(devices := one_of('auto', 'cpu', 'cuda', 'xla')).allowed}, and be there", lambda v: devices.holds(v) and _passes(pick_device)(v)),
     "output_dir": Rule("a folder that can be written to", _is_writable),
 }
 
@@ -107,7 +112,7 @@ RULES = {
 TOGETHER = [
     ("hidden_size", lambda p: f"a multiple of n_heads={p['n_heads']}", lambda p: p["hidden_size"] % p["n_heads"] == 0),
     ("start", lambda p: f"before end={p['end']!r}",
-     lambda p: p["start"] is None or p["end"] is None or pd.Timestamp(p["start"]) < pd.Timestamp(p["end"])),
+     lambda p: p["start"] is None or p["end"] is None or pd.Timestamp(p["start"]).tz_localize(None) < pd.Timestamp(p["end"]).tz_localize(None)),
 ]
 
 def _unknown(name) -> ParameterError:
@@ -127,6 +132,18 @@ def check_parameters(
         except KeyError: continue
         if not fine: raise ParameterError(f"{name}={parameters[name]!r} cannot work: {name} must be {allowed(parameters)}")
     return parameters | ({"ticker": check_ticker(parameters["ticker"])} if "ticker" in parameters else {})
+
+# %% ../nbs/20_report.ipynb #c2ad70f2
+def check_history(
+    rows: int,   # bars of the series
+    parameters,  # as checked; seq_length, horizon and n_splits count
+) -> None:
+    "Refuse, before any work, a history whose first fold does not hold two windows: one ParameterError."
+    length, horizon, splits = (parameters[name] for name in ("seq_length", "horizon", "n_splits"))
+    try: split_rows(time_folds(max(0, rows - WARMUP - horizon), splits, gap=horizon)[0].train, horizon, WindowConfig(length))
+    except ValueError as error:
+        raise ParameterError(f"{rows} bars of {parameters['ticker']} are too few for seq_length={length}, n_splits={splits}, horizon={horizon}, "
+                             f"{WARMUP} of them to warm up ({error}): take an earlier start, or less of these") from None
 
 # %% ../nbs/20_report.ipynb #74ddfbf5
 class Stopwatch:

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smlstm.report import RULES, ParameterError, build_report, check_parameters, manifest, plain, run_folder, score_table, summary_table, write_json, write_run
+from smlstm.report import RULES, ParameterError, build_report, check_history, check_parameters, manifest, plain, run_folder, score_table, summary_table, write_json, write_run
 
 # ---------------------------------------------------------------- parameters
 
@@ -46,14 +47,23 @@ def test_any_value_passes_or_is_refused_by_name(name, value):
 @pytest.mark.parametrize("name, value, says", [
     ("epochs", -1, "a whole number from 1 to"), ("epochs", 2.5, "a whole number"), ("epochs", True, "a whole number"), ("interval", "7q", "bar length"),
     ("ticker", "../../etc/passwd", "plain symbol"), ("ticker", "", "plain symbol"), ("ticker", None, "plain symbol"), ("n_regimes", 3, "4"), ("dropout", 1.0, "0.9"),
-    ("learning_rate", 0, "above 0"), ("learning_rate", math.inf, "at most 1"), ("device", "tpu9", "'auto', 'cpu', 'cuda', 'xla'"), ("start", "2018-02-30", "a date"),
+    ("learning_rate", 0, "above 0"), ("learning_rate", math.inf, "at most 1"), ("device", "tpu9", "'auto', 'cpu', 'cuda', 'xla'"), ("device", None, "'auto'"), ("start", "2018-02-30", "a date"),
     ("start", 2018, "a date"), ("source", "nowhere.csv", "exists"), ("n_heads", 5, "whole"), ("seed", -1, "whole"), ("n_splits", 1, "whole"),
+    ("epochs", 0, "from 1"), ("epochs", "30", "whole"), ("epochs", None, "whole"), ("epochs", math.nan, "whole"), ("horizon", 251, "to 250"), ("horizon", 1.0, "whole"),
+    ("seq_length", 10**9, "to 4096"), ("seq_length", 7, "from 8"), ("hidden_size", 0, "from 4"), ("n_layers", 0, "from 1"), ("d_state", 0, "from 1"), ("n_regimes", 5, "4"),
+    ("dropout", -0.1, "from 0"), ("dropout", math.nan, "0.9"), ("batch_size", 0, "from 1"), ("learning_rate", "0.003", "number"), ("learning_rate", -1e-3, "above 0"),
+    ("weight_decay", -1, "from 0"), ("clip", 0, "above 0"), ("augment", 1, "True, False"), ("augment", "yes", "True, False"), ("seed", 2**32, "to 4294967295"),
+    ("stride", 0, "from 1"), ("accumulate", 0, "from 1"), ("patience", 0, "from 1"), ("n_splits", 51, "to 50"), ("ticker", "..", "plain symbol"), ("ticker", "SPY/../X", "plain symbol"),
+    ("ticker", "SPY\n", "plain symbol"), ("ticker", 600519, "plain symbol"), ("ticker", math.inf, "plain symbol"), ("interval", "1m", "1d, 1h"), ("interval", None, "1d, 1h"),
+    ("source", "", "'auto'"), ("source", "SAMPLE", "'sample'"), ("source", "x" * 256 + ".csv", "exists"), ("source", "\0.csv", "exists"), ("start", "0001-01-01", "a date"),
+    ("start", "now", "a date"), ("start", "2010-01-01T00:00:00+25:00", "a date"), ("end", "", "a date"), ("end", "2018-13-45", "a date"), ("output_dir", "\0", "written to"),
+    ("output_dir", "x" * 256, "written to"), ("output_dir", None, "written to"),
 ])
 def test_refusals_name_value_and_rule(name, value, says):
     with pytest.raises(ParameterError) as caught:
         check_parameters(**GOOD | {name: value})
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 300
+    assert "\n" not in message and len(message) < 300 + len(repr(value))
     if name != "n_heads":
         assert message.startswith(f"{name}={value!r}") and says in message
 
@@ -65,6 +75,26 @@ def test_a_file_is_not_an_output_folder_and_looking_leaves_nothing(tmp_path):
             check_parameters(output_dir=value)
     check_parameters(output_dir=str(tmp_path / "a" / "b"))
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ParameterError, match="device='cuda'.*be there"):
+        check_parameters(device="cuda")
+
+
+def test_dates_with_and_without_a_zone_compare():
+    assert check_parameters(start="2010-01-01T00:00:00Z", end="2012-01-01")
+    with pytest.raises(ParameterError, match="before end"):
+        check_parameters(start="2013-01-01T00:00:00Z", end="2012-01-01")
+
+
+@pytest.mark.parametrize("change", [dict(seq_length=4096), dict(n_splits=50), dict(horizon=250, n_splits=15), dict(rows=300), dict(rows=252), dict(rows=1)], ids=str)
+def test_a_history_too_short_for_its_folds_is_refused(change):
+    asked = dict(rows=5031, ticker="SPY", seq_length=128, horizon=1, n_splits=5)
+    check_history(asked.pop("rows"), asked)
+    with pytest.raises(ParameterError, match="bars of SPY are too few for seq_length"):
+        check_history(change.pop("rows", 5031), asked | change)
 
 
 # ---------------------------------------------------------------- whole folders

@@ -83,7 +83,7 @@ def test_same_seed_same_numbers(finished, tmp_path):
     assert without_times(read(run(tmp_path), "metrics.json")) == without_times(read(finished, "metrics.json"))
 
 
-@pytest.mark.parametrize("name, value", [("epochs", -1), ("ticker", "NO SUCH TICKER"), ("interval", "7q"), ("ticker", "../../etc/passwd"), ("source", "nowhere.csv")])
+@pytest.mark.parametrize("name, value", [("epochs", -1), ("ticker", "NO SUCH TICKER"), ("interval", "7q"), ("ticker", "../../etc/passwd"), ("source", "nowhere.csv"), ("seq_length", 4096)])
 def test_a_wrong_value_is_refused_before_any_work(tmp_path, name, value):
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"output_dir": str(tmp_path / "runs"), **SMALL, name: value}, progress_bar=False, cwd=tmp_path)
