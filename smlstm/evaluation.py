@@ -7,8 +7,8 @@ __all__ = ['FORECAST_COLUMNS', 'MATERIAL', 'CausalityReport', 'CausalityError', 
            'ewma_variance', 'walk_forward', 'linear_forecast', 'FoldScores', 'evaluate_fold', 'SkillTest',
            'direction_test', 'loss_difference_test', 'skill_tests', 'Verdict', 'verdict', 'holm', 'verdicts',
            'evaluate', 'har_variance', 'garch_variance', 'add_baselines', 'contenders', 'confidence_set',
-           'comparison_table', 'conformal_quantile', 'conformal_intervals', 'interval_coverage', 'Illustration',
-           'illustrate', 'deflated_sharpe']
+           'comparison_table', 'compare', 'conformal_quantile', 'conformal_intervals', 'interval_coverage',
+           'Illustration', 'illustrate', 'deflated_sharpe']
 
 # %% ../nbs/16_evaluation.ipynb #fb1bc059
 import math
@@ -28,7 +28,7 @@ from statsmodels.stats.diagnostic import pesaran_timmermann
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.tsa.stattools import diebold_mariano_test
 
-from .features import make_targets, variance_proxy
+from .features import VARIANCE_FLOOR, make_targets, variance_proxy
 from .metrics import base_rate, brier, expected_calibration_error, hit_rate, mape, qlike, qlike_loss, regime_distribution, qlike_scale
 
 # %% ../nbs/16_evaluation.ipynb #5058094a
@@ -197,10 +197,11 @@ def linear_forecast(features: pd.DataFrame, targets: pd.DataFrame,  # of all row
     "Log return, probability of a rise and variance for the test rows, from linear models fitted on the training rows."
     x, y, new = features.iloc[train], targets.iloc[train], features.iloc[test]
     price = _tuned(Ridge(), [1e2, 1e4, 1e6], "neg_mean_squared_error", horizon).fit(x, y.log_return)
-    direction = _tuned(LogisticRegression(max_iter=1000), [1e-2, 1e-3, 1e-4, 1e-5], "neg_log_loss", horizon).fit(x, y.up)
+    one_way = y.up.nunique() < 2                                    # nothing to tell apart: the share is the forecast
+    direction = None if one_way else _tuned(LogisticRegression(max_iter=1000), [1e-2, 1e-3, 1e-4, 1e-5], "neg_log_loss", horizon).fit(x, y.up)
     variance = _tuned(Ridge(), [1e0, 1e2, 1e3], "neg_mean_squared_error", horizon).fit(x, y.log_variance)
     scale = qlike_scale(np.exp(y.log_variance), np.exp(variance.predict(x)))
-    return pd.DataFrame({"log_return": price.predict(new), "up_probability": direction.predict_proba(new)[:, 1],
+    return pd.DataFrame({"log_return": price.predict(new), "up_probability": y.up.mean() if one_way else direction.predict_proba(new)[:, 1],
                          "variance": scale * np.exp(variance.predict(new))}, index=new.index)
 
 # %% ../nbs/16_evaluation.ipynb #ceda9491
@@ -371,8 +372,10 @@ def evaluate(forecasts: pd.DataFrame,  # a forecast frame
     overall = evaluate_fold(f)._asdict() | {"tests": {h: plain(t) for h, t in tests.items()},
                                             "verdicts": {h: v._asdict() for h, v in verdicts(tests).items()}}
     overall["audit"] = _audit_facts(audit, below)
-    if "lower_close" in f: overall["coverage"] = interval_coverage(f).loc["all"].to_dict()
-    return {"folds": [evaluate_fold(part)._asdict() for _, part in f.groupby("fold")], "overall": overall}
+    folds = [evaluate_fold(part)._asdict() for _, part in f.groupby("fold")]
+    if "lower_close" in f:
+        for scores in (*folds, overall): scores["coverage"] = interval_coverage(f).loc[scores["number"]].to_dict()
+    return {"folds": folds, "overall": overall}
 
 # %% ../nbs/16_evaluation.ipynb #9422ba06
 def _variance_ahead(proxy, horizon): return proxy.rolling(horizon).mean().shift(-horizon)
@@ -405,7 +408,7 @@ def garch_variance(close: pd.Series, proxy: pd.Series,  # of all bars
     skip = len(close) - len(r)
     model = arch_model(r, mean="Constant", p=1, o=int(asymmetric), q=1, dist="t")
     fit = model.fit(first_obs=max(train.start - skip, 0), last_obs=train.stop - skip, disp="off", show_warning=False)
-    forecast = fit.forecast(horizon=horizon, start=max(train.start - skip, 0), reindex=False).variance.mean(axis=1) / 1e4
+    forecast = fit.forecast(horizon=horizon, start=max(train.start - skip, 0), reindex=False).variance.mean(axis=1).div(1e4).clip(lower=VARIANCE_FLOOR)
     return _rescaled(forecast.reindex(close.index), _variance_ahead(proxy, horizon), train)
 
 # %% ../nbs/16_evaluation.ipynb #b89ab295
@@ -488,6 +491,15 @@ def _mean_test(difference, horizon):
     if np.ptp(difference) == 0: return math.nan
     zero = np.zeros(len(difference))
     return diebold_mariano_test(zero, difference, zero, criterion=lambda y, f: np.asarray(f), harvey_adj=True, horizon=horizon).pvalue
+
+# %% ../nbs/16_evaluation.ipynb #f0bc4298
+def compare(forecasts: pd.DataFrame,  # a forecast frame with contenders' columns
+            horizon=1) -> dict:
+    "`comparison_table` of each head as a list of rows, best score first; ready for JSON."
+    def rows(head):
+        table = comparison_table(forecasts, head, horizon).reset_index(names="contender")
+        return table.astype(object).where(table.notna(), None).sort_values(table.columns[1]).to_dict("records")
+    return {head: rows(head) for head in ("price", "direction", "volatility")}
 
 # %% ../nbs/16_evaluation.ipynb #3fb1ee27
 def conformal_quantile(past,   # errors already seen, no NaN
