@@ -118,7 +118,7 @@ def _oscillators(frame: pd.DataFrame) -> dict:
         bars = [frame[name].to_numpy(float) for name in ("high", "low", "close")]
         slow = _column(talib.STOCH(*bars, fastk_period=14, slowk_period=3, slowd_period=3)[0], frame)
         spread = (frame.high.rolling(14).max() > frame.low.rolling(14).min()).rolling(5).min() > 0
-        columns |= {"stochastic": (slow / 50 - 1).where(spread, 0.0),
+        columns |= {"stochastic": (slow / 50 - 1).clip(-1, 1).where(spread, 0.0),
                     "adx_14": _column(talib.ADX(*bars, 14), frame).fillna(0.0) / 100}
     return columns
 
@@ -300,7 +300,7 @@ def _latest_indicators(bars: dict) -> dict:
     spread = all(high[len(high) - 14 - k:len(high) - k].max() > low[len(low) - 14 - k:len(low) - k].min() for k in range(5))
     slow, adx = talib.STOCH(high, low, close, fastk_period=14, slowk_period=3, slowd_period=3)[0][-1], talib.ADX(high, low, close, 14)[-1]
     atr = max(talib.ATR(high, low, close, 14)[-1] / last, floor)
-    return columns | {"stochastic": slow / 50 - 1 if spread else 0.0, "adx_14": 0.0 if np.isnan(adx) else adx / 100,
+    return columns | {"stochastic": min(max(slow / 50 - 1, -1), 1) if spread else 0.0, "adx_14": 0.0 if np.isnan(adx) else adx / 100,
                       "log_range": np.log(max(np.log(high[-1] / low[-1]), floor)), "log_atr_ratio": np.log(atr / (move / last))}
 
 # %% ../nbs/11_features.ipynb #f28336f0

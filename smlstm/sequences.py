@@ -29,6 +29,9 @@ def time_folds(
     max_train_size: "int | None" = None,  # longest training part; default everything before
 ) -> list[Fold]:
     "Expanding folds in order of time (scikit-learn's TimeSeriesSplit), as slices. ValueError where the rows are too few."
+    for name, value, least in (("gap", gap, 0), ("test_size", test_size, 1), ("max_train_size", max_train_size, 1)):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < least):        # scikit-learn lets a negative gap overlap
+            raise ValueError(f"{name}={value!r} must be a whole number of rows, at least {least}")
     splitter = TimeSeriesSplit(n_splits=n_splits, gap=gap, test_size=test_size, max_train_size=max_train_size)
     spans = splitter.split(np.empty(n_rows))
     return [Fold(i, slice(int(a[0]), int(a[-1]) + 1), slice(int(b[0]), int(b[-1]) + 1)) for i, (a, b) in enumerate(spans)]
@@ -116,8 +119,10 @@ def create_sequences(
     x, y = np.asarray(scaled_data, np.float32), np.asarray(target_scaled, np.float32)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"features [n, F] and targets [n, K] with the same n are needed, got {x.shape} and {y.shape}")
-    if not 1 <= seq_length <= len(x) or stride < 1:
-        raise ValueError(f"seq_length {seq_length} must lie in 1 to the {len(x)} rows given and stride {stride} be at least 1")
+    if not all(isinstance(v, (int, np.integer)) for v in (seq_length, stride)) or not 1 <= seq_length <= len(x) or stride < 1:
+        raise ValueError(f"seq_length {seq_length!r} must lie in 1 to the {len(x)} rows given and stride {stride!r} be at least 1, in whole rows")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise={noise!r} must be a share of a standard deviation, 0 or more")
     for name, values in {"features": x, "targets": y}.items():
         if not np.isfinite(values).all():
             row = int((~np.isfinite(values)).any(1).argmax())
@@ -201,8 +206,8 @@ def create_tpu_dataloader(
     device: "torch.device | str | None" = None,  # where batches are sent; None leaves them on the host
 ) -> SequenceLoader:
     "A loader of `Batch`es, all of one shape; no worker processes, the next batch is on its way to the device early."
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
     device = None if device is None else torch.device(device)
     if device is not None and device.type == "xla" and batch_size % 8:
         print(f"batch_size {batch_size} rounded up to {-(-batch_size // 8) * 8}: a TPU works in tiles of 8 rows")

@@ -85,6 +85,12 @@ def test_the_set_of_columns_is_settled_by_the_first_rows():
     assert 20 <= len(sets["close"]) and len(sets["full"]) <= 35
 
 
+def test_closes_outside_the_days_range_stay_within_the_table():
+    frame = history(seed=4).assign(high=lambda f: f[["open", "close"]].max(axis=1) * 0.99, low=lambda f: f[["open", "close"]].min(axis=1) * 0.985)
+    stochastic = prepare_data(frame).stochastic
+    assert stochastic.between(-1, 1).all() and (stochastic == 1).any()
+
+
 def test_unknown_volume_is_not_zero():
     frame = history(seed=2).assign(volume=1e6)
     holes = frame.assign(volume=frame.volume.where(np.arange(320) % 5 > 0, 0.0))

@@ -188,7 +188,20 @@ def test_the_next_batch_leaves_before_the_current_one_is_used(monkeypatch):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("size", [0, -3, 2.5, "8", None, True])
 def test_a_batch_has_at_least_one_sequence(size):
     with pytest.raises(ValueError, match="batch_size"):
         create_tpu_dataloader(loader().dataset, size)
+
+
+@pytest.mark.parametrize("change", [dict(gap=-1), dict(gap=1.5), dict(test_size=0), dict(test_size=-5), dict(max_train_size=0)], ids=str)
+def test_folds_that_would_overlap_or_be_empty_are_refused(change):
+    assert time_folds(100, gap=0)[0] == (0, slice(0, 20), slice(20, 36))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        time_folds(100, **change)
+
+
+@pytest.mark.parametrize("wrong, says", [((5.0,), "seq_length"), (("5",), "seq_length"), ((5, True, 1.5), "stride"), ((5, True, 1, 0, -1.0), "noise"), ((5, True, 1, 0, np.nan), "noise")])
+def test_windows_are_counted_in_whole_rows(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        create_sequences(np.ones((9, 2)), np.ones((9, 1)), *wrong)
