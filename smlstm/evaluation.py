@@ -464,10 +464,13 @@ def contenders(forecasts: pd.DataFrame, head: str) -> dict:
 
 def confidence_set(losses: pd.DataFrame,  # a column for each contender
                    level=0.9, reps=500, seed=0) -> pd.Series:
-    "Model confidence set p-value of each contender; those above 1 - level are in the set."
-    mcs = MCS(losses, size=1 - level, reps=reps, seed=seed)
+    "Model confidence set p-value of each contender; those above 1 - level are in the set. Contenders with the same losses share theirs."
+    twin = {name: next(other for other in losses if np.allclose(losses[other], losses[name], rtol=1e-9, atol=0)) for name in losses}
+    distinct = losses[list(dict.fromkeys(twin.values()))]
+    if distinct.shape[1] == 1: return pd.Series(1.0, losses.columns)
+    mcs = MCS(distinct, size=1 - level, reps=reps, seed=seed)
     mcs.compute()
-    return mcs.pvalues["Pvalue"].reindex(losses.columns)
+    return mcs.pvalues["Pvalue"].reindex([twin[name] for name in losses]).set_axis(losses.columns)
 
 # %% ../nbs/16_evaluation.ipynb #cc8cbdbf
 def comparison_table(forecasts: pd.DataFrame,  # a forecast frame, with contenders' columns where there are some

@@ -382,7 +382,7 @@ STYLE = """
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; color: var(--ink); background: var(--page);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.75rem 0 .4rem; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .4rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p { margin: .4rem 0 .9rem; max-width: 46rem; } .soft, section > p { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .9rem; margin: 1.4rem 0; }
 .card { padding: .8rem 1rem; border: 1px solid var(--line); border-top: 3px solid var(--soft); border-radius: .3rem; background: var(--tint); }

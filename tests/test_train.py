@@ -54,6 +54,20 @@ def test_scores_follow_from_the_forecasts(finished):
     assert (ratio - np.log(ratio) - 1).mean() == pytest.approx(metrics["overall"]["volatility"]["qlike"], rel=1e-6)
 
 
+def test_every_contender_stands_in_the_tables(finished):
+    metrics, page = read(finished, "metrics.json"), (finished / "report.html").read_text(encoding="utf-8")
+    who = {head: {row["contender"] for row in rows} for head, rows in metrics["comparison"].items()}
+    assert who["price"] >= {"model", "persistence", "drift", "ar", "linear", "lstm"}
+    assert who["direction"] >= {"model", "always up", "share", "linear", "lstm"}
+    assert who["volatility"] >= {"model", "ewma", "constant", "har", "log_har", "garch", "gjr", "linear", "lstm"}
+    qlike = {row["contender"]: row["QLIKE"] for row in metrics["comparison"]["volatility"]}
+    assert qlike["model"] == pytest.approx(metrics["overall"]["volatility"]["qlike"]) and qlike["ewma"] == pytest.approx(metrics["overall"]["volatility"]["qlike_ewma"])
+    assert metrics["overall"]["audit"]["causal"] is True and 0.8 < metrics["overall"]["coverage"]["close"] < 1
+    for heading in ("Against all contenders", "Did the 90% intervals hold?", "Calibration", "Memory", "What it would have earned", "GJR-GARCH-t", "Causality audit"):
+        assert heading in page
+    assert page.index('class="cards"') < page.index("Causality audit") < page.index("Against all contenders")
+
+
 def test_says_which_series_this_is(finished):
     manifest = read(finished, "manifest.json")
     assert manifest["data"]["symbol"] == "^GSPC" and len(manifest["data"]["sha256"]) == 64
