@@ -19,7 +19,7 @@ from .forecaster import Table, fit_forecaster
 from .losses import calibrated_probability
 from .metrics import hit_rate, qlike, qlike_scale
 from .model import SMLSTM, Forecast, SMLSTMConfig
-from .planted import Planted, excess_accuracy, recall
+from .planted import Planted, excess_accuracy, expected_excess, recall
 from .sequences import create_sequences, create_tpu_dataloader, fit_scaler
 from .training import TrainConfig, fit
 
@@ -67,6 +67,7 @@ def build_models(config: SMLSTMConfig, names=None) -> dict:
 class PlantedScore(NamedTuple):
     "Test scores beside the best ones."
     excess: float        # share of the best accuracy above one half; NaN where there is nothing to know
+    expected: float      # the same without the luck of the outcomes
     accuracy: float
     best_accuracy: float
     qlike: float
@@ -95,7 +96,8 @@ def _planted_score(planted, test, up, variance, came):
     oracle, actual = planted.oracle.iloc[test], planted.targets.up.iloc[test]
     best = hit_rate(actual, oracle.up_probability)
     known = planted.oracle.up_probability.nunique() > 1
-    return PlantedScore(excess_accuracy(planted, up, test) if known else np.nan, hit_rate(actual, up[test]), best if known else 0.5,
+    shares = [share(planted, up, test) if known else np.nan for share in (excess_accuracy, expected_excess)]
+    return PlantedScore(*shares, hit_rate(actual, up[test]), best if known else 0.5,
                         qlike(came[test], variance[test]), qlike(came[test], oracle.variance) if "variance" in oracle else np.nan,
                         pd.DataFrame({"up_probability": up[test], "variance": variance[test]}))
 
