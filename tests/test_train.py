@@ -10,7 +10,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "train.ipynb"
 SMALL = dict(source="sample", start="2010-01-01", epochs=2, n_splits=2, hidden_size=8, n_heads=1, n_layers=1, seq_length=64, stride=64)
-FILES = {"model.safetensors", "config.json", "metrics.json", "forecasts.csv", "report.html", "manifest.json"}
+FILES = {"model.safetensors", "stream.safetensors", "config.json", "metrics.json", "forecasts.csv", "report.html", "manifest.json"}
 
 
 def run(folder, **parameters):
