@@ -383,13 +383,14 @@ def fit_panel(
     device: str = "auto",
     origins: dict = {},  # name to where its prices came from
     max_gap: float = 7.0,  # see `Forecaster`
+    build=SMLSTM,  # makes the net from its `SMLSTMConfig`; a baseline may put another memory behind the same heads
     **fit_options,  # passed on to training: checkpoint_dir, resume, progress
 ) -> tuple[Forecaster, History]:
     "One model for all series, each scaled and calibrated by itself on its training rows."
     check_alike(tables)
     train = {name: slice(0, None) for name in tables} if train is None else train
     train = {name: slice(train[name].start or 0, min(train[name].stop or t.known, t.known)) for name, t in tables.items()}
-    net, scaled, splits, history = _trained(tables, train, model, windows, training, device, fit_options)
+    net, scaled, splits, history = _trained(tables, train, build, model, windows, training, device, fit_options)
     table = next(iter(tables.values()))
     exogenous = tuple(name for name in table.features if name not in FEATURES)
     forecaster = Forecaster(table.horizon, dict(model), windows, training, device, max_gap, exogenous, net.cpu())
@@ -397,7 +398,7 @@ def fit_panel(
     return forecaster, history
 
 # %% ../nbs/18_forecaster.ipynb #eb5f6d3d
-def _trained(tables, train, model, windows, training, device, fit_options):
+def _trained(tables, train, build, model, windows, training, device, fit_options):
     "A trained model, and what it was trained on."
     scaled, place = {}, pick_device(device)
     for name, table in tables.items():
@@ -405,7 +406,7 @@ def _trained(tables, train, model, windows, training, device, fit_options):
     splits = split_panel(tables, train, windows)
     loaders = make_loaders(scaled, splits, windows, training.seed, place)
     torch.manual_seed(training.seed)
-    net = SMLSTM(SMLSTMConfig(n_features=next(iter(scaled.values())).x.shape[1], **model))
+    net = build(SMLSTMConfig(n_features=next(iter(scaled.values())).x.shape[1], **model))
     return net, scaled, splits, train_model(net, *loaders, training, device=device, **fit_options)
 
 
@@ -429,11 +430,11 @@ def fit_forecaster(
     training: TrainConfig = TrainConfig(learning_rate=0.003),
     device: str = "auto",
     origin: Optional[dict] = None,  # where the prices came from; its "ticker" names the series
-    **fit_options,  # passed on to training: checkpoint_dir, resume, progress
+    **options,  # passed on to `fit_panel`: build, checkpoint_dir, resume, progress
 ) -> tuple[Forecaster, History]:
     "Scale, cut, train and calibrate on the rows `train` of a table."
     name = (origin or {}).get("ticker", LONE)
-    return fit_panel({name: table}, {name: train}, model, windows, training, device, {name: origin}, **fit_options)
+    return fit_panel({name: table}, {name: train}, model, windows, training, device, {name: origin}, **options)
 
 # %% ../nbs/18_forecaster.ipynb #df85e69c
 @patch
