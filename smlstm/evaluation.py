@@ -545,6 +545,7 @@ def interval_coverage(forecasts: pd.DataFrame) -> pd.DataFrame:
     inside = pd.DataFrame({"close": f.actual_close.between(f.lower_close, f.upper_close), "variance": f.actual_variance.between(f.lower_variance, f.upper_variance)})
     inside = inside[f.lower_close.notna()].astype(float)
     folds = inside.groupby(f.fold).agg(["mean"]).droplevel(1, axis=1).assign(rows=inside.groupby(f.fold).size())
+    folds = folds.reindex(sorted(f.fold.unique())).fillna({"rows": 0})  # a fold may have no interval at all
     return pd.concat([folds, pd.DataFrame([[*inside.mean(), len(inside)]], ["all"], folds.columns)]).rename_axis("fold")
 
 # %% ../nbs/16_evaluation.ipynb #67dcdcf5

@@ -372,6 +372,7 @@ def _next_forecast(forecasts: pd.DataFrame) -> str:
 
 def _day(date) -> str:
     date = pd.Timestamp(date)
+    if date is pd.NaT: return "the bar ahead"  # of intraday bars: no calendar says when it starts
     return str(date.date()) if date == date.normalize() else date.isoformat(sep=" ", timespec="minutes")
 
 # %% ../nbs/20_report.ipynb #eb957153

@@ -224,6 +224,9 @@ def test_intervals_cover(seed):
     for level in (0.8, 0.9):
         coverage = interval_coverage(conformal_intervals(f, level=level))
         assert coverage[["close", "variance"]].sub(level).abs().to_numpy().max() < 0.03
+    late = conformal_intervals(f).assign(lower_close=lambda c: c.lower_close.where(c.fold > 0))            # a fold without any interval
+    assert interval_coverage(late).rows[0] == 0 and np.isnan(interval_coverage(late).close[0])
+    assert evaluate(late)["folds"][0]["coverage"]["rows"] == 0
     jump = f.assign(actual_close=f.close * (f.actual_close / f.close) ** np.where(f.index > 1_500, 3, 1))     # errors treble
     adaptive, plain = (interval_coverage(conformal_intervals(jump, rate=rate)).close for rate in (0.01, 0.0))
     assert abs(adaptive.iloc[1] - 0.9) < abs(plain.iloc[1] - 0.9) and abs(adaptive["all"] - 0.9) < 0.01

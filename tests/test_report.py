@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smlstm.report import RULES, ParameterError, build_report, check_history, check_parameters, manifest, plain, run_folder, score_table, summary_table, write_json, write_run
+from smlstm.report import RULES, ParameterError, _next_forecast, build_report, check_history, check_parameters, manifest, plain, run_folder, score_table, summary_table, write_json, write_run
 
 # ---------------------------------------------------------------- parameters
 
@@ -263,6 +263,13 @@ def test_real_scores_fill_the_page(mixed):
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "</style><b>", '"><img src=x onerror=alert(1)>', "&amp; é 漢 \u202e"])
 def test_no_text_becomes_markup(name):
     assert outline(a_page(name)[0]) == outline(a_page()[0])
+
+
+def test_a_bar_whose_time_is_unknown_has_words():
+    data, forecasts = a_run()
+    hours = forecasts.assign(**{name: pd.to_datetime(forecasts[name]).dt.tz_localize("UTC") for name in ("date", "target_date")})
+    hours.loc[hours.index[-1], ["target_date", "actual_close"]] = [pd.NaT, np.nan]
+    assert "Next: for <strong>the bar ahead</strong>" in _next_forecast(hours)
 
 
 def test_missing_scores_are_dashes():

@@ -68,6 +68,12 @@ def test_every_contender_stands_in_the_tables(finished):
     assert page.index('class="cards"') < page.index("Causality audit") < page.index("Against all contenders")
 
 
+def test_forecasts_are_written_plainly(finished):
+    lines = (finished / "forecasts.csv").read_text(encoding="utf-8").splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in (lines[1], lines[-1])]
+    assert all(len(row["date"]) == len("2018-12-31") for row in rows) and [row["fold"] for row in rows] == ["0", ""]
+
+
 def test_says_which_series_this_is(finished):
     manifest = read(finished, "manifest.json")
     assert manifest["data"]["symbol"] == "^GSPC" and len(manifest["data"]["sha256"]) == 64
@@ -111,3 +117,22 @@ def test_an_unknown_ticker_is_refused_in_the_same_cell(tmp_path):
     assert "NOSUCHTICKER" in caught.value.evalue
     assert "check_parameters" in "".join(caught.value.source)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_hourly_bars_go_all_the_way(tmp_path):
+    from yahoo_server import hourly
+
+    series = hourly(seed=2, days=500).bars[["open", "high", "low", "close", "volume"]].rename_axis("date")
+    series.to_csv(tmp_path / "hours.csv")
+    folder = run(tmp_path, ticker="ABC", source=str(tmp_path / "hours.csv"), interval="1h", start=None, epochs=1)
+    last = pd.read_csv(folder / "forecasts.csv").iloc[-1]
+    assert pd.Timestamp(last["date"]) == series.index[-1] and pd.isna(last["target_date"])
+    assert "the bar ahead" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_many_short_folds_go_all_the_way(tmp_path):
+    folder = run(tmp_path, start="2016-01-01", n_splits=20, seq_length=8, epochs=1)
+    coverage = [fold["coverage"]["rows"] for fold in read(folder, "metrics.json")["folds"]]
+    assert coverage[0] == 0 and coverage[-1] > 0
