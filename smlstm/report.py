@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NAMES', 'NOTES', 'STYLE', 'CONTEST_NOTE', 'EARNED_NOTE', 'SCORES_NOTE',
-           'ParameterError', 'Rule', 'whole', 'number', 'one_of', 'check_parameters', 'check_history', 'Stopwatch',
-           'announce', 'plain', 'write_json', 'versions', 'manifest', 'run_folder', 'write_run', 'score_table',
-           'regime_table', 'contest_table', 'coverage_table', 'summary_table', 'figure_html', 'build_report']
+           'ParameterError', 'Rule', 'whole', 'number', 'one_of', 'check_tickers', 'check_parameters', 'check_history',
+           'Stopwatch', 'announce', 'plain', 'write_json', 'versions', 'manifest', 'run_folder', 'write_run',
+           'score_table', 'regime_table', 'contest_table', 'coverage_table', 'summary_table', 'figure_html',
+           'build_report']
 
 # %% ../nbs/20_report.ipynb #a4091859
 import base64
@@ -91,8 +92,14 @@ def _passes(check) -> Callable:
         except Exception: return False
     return holds
 
+def check_tickers(tickers) -> str:
+    "One symbol or several between commas, in upper case. ValueError for anything else."
+    names = [check_ticker(name) for name in (tickers.split(",") if isinstance(tickers, str) else [tickers])]
+    if len(set(names)) < len(names) or len(",".join(names)) > 200: raise ValueError(f"{tickers!r} names a ticker twice, or too many for a folder's name")
+    return ",".join(names)
+
 RULES = {
-    "ticker": Rule("a plain symbol such as SPY, ^GSPC or BTC-USD", _passes(check_ticker)),
+    "ticker": Rule("a plain symbol such as SPY, ^GSPC or BTC-USD, or several different ones such as SPY,QQQ", _passes(check_tickers)),
     "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _passes(_is_source)),
     "start": Rule("a date such as '2010-01-31', or None", _is_date),
     "end": Rule("a date such as '2010-01-31', or None", _is_date),
@@ -110,6 +117,7 @@ RULES = {
 
 # %% ../nbs/20_report.ipynb #3ff9e8ff
 TOGETHER = [
+    ("source", "'auto', 'yahoo' or 'sample' for several tickers: a file holds one", lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
     ("hidden_size", lambda p: f"a multiple of n_heads={p['n_heads']}", lambda p: p["hidden_size"] % p["n_heads"] == 0),
     ("start", lambda p: f"before end={p['end']!r}",
      lambda p: p["start"] is None or p["end"] is None or pd.Timestamp(p["start"]).tz_localize(None) < pd.Timestamp(p["end"]).tz_localize(None)),
@@ -131,7 +139,7 @@ def check_parameters(
         try: fine = holds(parameters)
         except KeyError: continue
         if not fine: raise ParameterError(f"{name}={parameters[name]!r} cannot work: {name} must be {allowed(parameters)}")
-    return parameters | ({"ticker": check_ticker(parameters["ticker"])} if "ticker" in parameters else {})
+    return parameters | ({"ticker": check_tickers(parameters["ticker"])} if "ticker" in parameters else {})
 
 # %% ../nbs/20_report.ipynb #c2ad70f2
 def check_history(
@@ -207,7 +215,7 @@ def manifest(
 # %% ../nbs/20_report.ipynb #6a3b83cb
 def _places(output_dir, ticker):
     "The run's folder, and beside it the part that is being written, the old one that stepped aside, and the lock."
-    folder = Path(output_dir) / check_ticker(ticker)
+    folder = Path(output_dir) / check_tickers(ticker)
     return folder, *(folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old", "lock"))
 
 def _tidy(folder, part, old):
@@ -254,7 +262,7 @@ def write_run(
             if isinstance(contents, pd.DataFrame): contents.to_csv(folder / name, index=False)
             elif isinstance(contents, str): (folder / name).write_text(contents, encoding="utf-8")
             else: write_json(folder / name, contents)
-    return Path(output_dir) / check_ticker(ticker)
+    return Path(output_dir) / check_tickers(ticker)
 
 # %% ../nbs/20_report.ipynb #784ee9f3
 SCORES = {  # head, score: column, format

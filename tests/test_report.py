@@ -46,7 +46,7 @@ def test_any_value_passes_or_is_refused_by_name(name, value):
 
 @pytest.mark.parametrize("name, value, says", [
     ("epochs", -1, "a whole number from 1 to"), ("epochs", 2.5, "a whole number"), ("epochs", True, "a whole number"), ("interval", "7q", "bar length"),
-    ("ticker", "../../etc/passwd", "plain symbol"), ("ticker", "", "plain symbol"), ("ticker", None, "plain symbol"), ("n_regimes", 3, "4"), ("dropout", 1.0, "0.9"),
+    ("ticker", "SPY,../../etc", "plain symbol"), ("ticker", "SPY,", "plain symbol"), ("ticker", "SPY,spy", "different"), ("ticker", "../../etc/passwd", "plain symbol"), ("ticker", "", "plain symbol"), ("ticker", None, "plain symbol"), ("n_regimes", 3, "4"), ("dropout", 1.0, "0.9"),
     ("learning_rate", 0, "above 0"), ("learning_rate", math.inf, "at most 1"), ("device", "tpu9", "'auto', 'cpu', 'cuda', 'xla'"), ("device", None, "'auto'"), ("start", "2018-02-30", "a date"),
     ("start", 2018, "a date"), ("source", "nowhere.csv", "exists"), ("n_heads", 5, "whole"), ("seed", -1, "whole"), ("n_splits", 1, "whole"),
     ("epochs", 0, "from 1"), ("epochs", "30", "whole"), ("epochs", None, "whole"), ("epochs", math.nan, "whole"), ("horizon", 251, "to 250"), ("horizon", 1.0, "whole"),

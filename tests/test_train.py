@@ -103,7 +103,26 @@ def test_same_seed_same_numbers(finished, tmp_path):
     assert without_times(read(run(tmp_path), "metrics.json")) == without_times(read(finished, "metrics.json"))
 
 
-@pytest.mark.parametrize("name, value", [("epochs", -1), ("ticker", "NO SUCH TICKER"), ("interval", "7q"), ("ticker", "../../etc/passwd"), ("source", "nowhere.csv"), ("seq_length", 4096)])
+def test_a_panel_of_two_leaves_one_model_and_a_report_for_each(tmp_path):
+    from smlstm.fetch import load_prices
+    from smlstm.forecaster import Forecaster
+
+    folder = run(tmp_path, ticker="spy,QQQ")
+    assert not (tmp_path / "runs" / "SPY").exists()
+    folder = folder.with_name("SPY,QQQ")
+    assert {p.name for p in folder.iterdir()} == FILES - {"report.html"} | {"report-SPY.html", "report-QQQ.html"}
+    metrics, forecasts = read(folder, "metrics.json")["tickers"], pd.read_csv(folder / "forecasts.csv")
+    assert set(metrics) == set(forecasts.ticker) == {"SPY", "QQQ"} and metrics["SPY"]["overall"] != metrics["QQQ"]["overall"]
+    for one, other in zip(metrics["SPY"]["folds"], metrics["QQQ"]["folds"]):
+        assert one["test"] == other["test"] and one["train"] == other["train"]
+    told = Forecaster.load(folder).predict({t: load_prices(t, "sample", start=SMALL["start"]) for t in ("SPY", "QQQ")}).set_index("unique_id")
+    last = forecasts.groupby("ticker").tail(1).set_index("ticker")
+    for name in ("SPY", "QQQ"):
+        assert told.SMLSTM[name] == pytest.approx(float(last.forecast_close[name]), rel=1e-12)
+        assert name in (folder / f"report-{name}.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name, value", [("epochs", -1), ("ticker", "NO SUCH TICKER"), ("interval", "7q"), ("ticker", "../../etc/passwd"), ("ticker", "SPY,SPY"), ("source", "nowhere.csv"), ("seq_length", 4096)])
 def test_a_wrong_value_is_refused_before_any_work(tmp_path, name, value):
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"output_dir": str(tmp_path / "runs"), **SMALL, name: value}, progress_bar=False, cwd=tmp_path)
