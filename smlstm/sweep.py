@@ -160,8 +160,10 @@ def rounds(run: Callable, tasks: list, folder: Path, attempts: int, pause: float
     while waiting := missing(tasks, folder):
         bar.n, before = len(tasks) - len(waiting), traces(tasks, folder)
         work = [delayed(attempt)(run, task, folder, attempts, pause) for task in next_round(waiting, folder)]
+        context = engine(count, patience)
+        if not isinstance(context, nullcontext): patience = 0.0            # waited for in vain: not again
         try:
-            with engine(count, patience): Counted(bar, n_jobs=asked(), batch_size=1)(work)
+            with context: Counted(bar, n_jobs=asked(), batch_size=1)(work)
         except Exception as error:
             barren = barren + 1 if traces(tasks, folder) == before else 0
             if barren == 2: raise SweepError(f"these tasks cannot be run here: {type(error).__name__}: {error}") from error

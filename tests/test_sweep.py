@@ -62,7 +62,7 @@ def outcomes(folder):
 
 def kill_one(folder, after):
     "Wait for `after` outcomes, then kill a process that has a task in hand; returns its id."
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         done = {path.stem for path in outcomes(folder)}
         for path in Path(folder).glob("*.starts") if len(done) >= after else ():
