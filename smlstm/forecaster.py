@@ -631,11 +631,11 @@ def to_long(answers: dict) -> pd.DataFrame:
 # %% ../nbs/18_forecaster.ipynb #ebc063f7
 @patch
 def tables(self: Forecaster, prices, exogenous=None) -> dict:
-    "A table for each series, checked; `exogenous` None stands for all further columns of a long frame."
+    "A table for each series, checked; `exogenous` None stands for this forecaster's own, or for all further columns of a long frame."
     frames, built = named_frames(prices), {}
     for name, frame in frames.items():
         with about(name):
-            columns = [c for c in frame if c not in PRICES] if exogenous is None and is_long(prices) else exogenous or ()
+            columns = [c for c in frame if c not in PRICES] if exogenous is None and is_long(prices) else self.exogenous if exogenous is None else exogenous
             built[name] = build_table(without_gaps(frame, self.max_gap), self.horizon, tuple(columns))
     return built
 
