@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .memory import at_least_float32
-from .mixing import MixedState, Mixing, RowNetwork, mixed_chunkwise, mixed_recurrent
+from .mixing import XLA_CHUNK, MixedState, Mixing, RowNetwork, mixed_chunkwise, mixed_recurrent, mixed_xla
 from .signals import Signals, SignalState, market_signals
 from .ssm import StructuredStateSpace
 from .stabilization import soft_cap, stabilize_gates
@@ -38,9 +38,10 @@ class CellConfig:
     window: int = 20  # steps the signals look back
     theta: float = 1.0  # floor of the normalizer
     chunk_size: int = 32  # steps read together: speed, not result
+    xla_chunk_size: int = XLA_CHUNK  # the same on XLA
 
     def __post_init__(self):
-        for name in ("hidden_size", "n_heads", "n_regimes", "window", "chunk_size"):
+        for name in ("hidden_size", "n_heads", "n_regimes", "window", "chunk_size", "xla_chunk_size"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.hidden_size % self.n_heads: raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of n_heads={self.n_heads}")
         if self.d_state < 0: raise ValueError(f"d_state={self.d_state}: must be at least 0")
@@ -128,6 +129,7 @@ def parallel_memory_update(self: ParallelSMLSTMCell, parts: Projected, mix: Mixi
     "Mixed memory over a sequence: h [B, H, T, d] before the output gate, and the state after it."
     inputs = parts.q, parts.k, parts.v, parts.log_i, parts.log_f, mix
     if parts.q.shape[2] == 1: return mixed_recurrent(*inputs, self.config.theta, state)
+    if parts.q.device.type == "xla": return mixed_xla(*inputs, self.config.theta, state, self.config.xla_chunk_size)
     return mixed_chunkwise(*inputs, self.config.theta, state, self.config.chunk_size)
 
 # %% ../nbs/06_cell.ipynb #04dcfae6
