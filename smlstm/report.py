@@ -39,6 +39,7 @@ from plotly.offline import get_plotlyjs
 
 from .device import pick_device
 from .features import WARMUP
+from .ensemble import inner_folds
 from .fetch import INTERVALS, check_interval, check_ticker
 from .forecaster import WindowConfig, split_rows
 from .sequences import time_folds
@@ -110,7 +111,7 @@ RULES = {
     "d_state": whole(1, 256), "dropout": number(0, 0.9), "chunk_size": whole(1, 4096),
     "epochs": whole(1, 10_000), "batch_size": whole(1, 65_536), "accumulate": whole(1, 1024), "patience": whole(1, 10_000),
     "learning_rate": number(0, 1, above=True), "weight_decay": number(0, 1), "clip": number(0, 1000, above=True), "min_delta": number(0, 1000),
-    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False),
+    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False), "ensemble": one_of(True, False),
     "device": Rule(f"{(devices := one_of('auto', 'cpu', 'cuda', 'xla')).allowed}, and be there", lambda v: devices.holds(v) and _passes(pick_device)(v)),
     "output_dir": Rule("a folder that can be written to", _is_writable),
 }
@@ -118,6 +119,7 @@ RULES = {
 # %% ../nbs/20_report.ipynb #3ff9e8ff
 TOGETHER = [
     ("source", "'auto', 'yahoo' or 'sample' for several tickers: a file holds one", lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
+    ("ensemble", lambda p: "False with several tickers: an ensemble reads one series", lambda p: not (p["ensemble"] and "," in p["ticker"])),
     ("hidden_size", lambda p: f"a multiple of n_heads={p['n_heads']}", lambda p: p["hidden_size"] % p["n_heads"] == 0),
     ("start", lambda p: f"before end={p['end']!r}",
      lambda p: p["start"] is None or p["end"] is None or pd.Timestamp(p["start"]).tz_localize(None) < pd.Timestamp(p["end"]).tz_localize(None)),
@@ -144,11 +146,14 @@ def check_parameters(
 # %% ../nbs/20_report.ipynb #c2ad70f2
 def check_history(
     rows: int,   # bars of the series
-    parameters,  # as checked; seq_length, horizon and n_splits count
+    parameters,  # as checked; seq_length, horizon, n_splits and ensemble count
 ) -> None:
     "Refuse, before any work, a history whose first fold does not hold two windows: one ParameterError."
     length, horizon, splits = (parameters[name] for name in ("seq_length", "horizon", "n_splits"))
-    try: split_rows(time_folds(max(0, rows - WARMUP - horizon), splits, gap=horizon)[0].train, horizon, WindowConfig(length))
+    try:
+        train = time_folds(max(0, rows - WARMUP - horizon), splits, gap=horizon)[0].train
+        if parameters.get("ensemble"): train = inner_folds(train, horizon=horizon)[0][0]
+        split_rows(train, horizon, WindowConfig(length))
     except ValueError as error:
         raise ParameterError(f"{rows} bars of {parameters['ticker']} are too few for seq_length={length}, n_splits={splits}, horizon={horizon}, "
                              f"{WARMUP} of them to warm up ({error}): take an earlier start, or less of these") from None

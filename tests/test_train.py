@@ -138,6 +138,22 @@ def test_an_unknown_ticker_is_refused_in_the_same_cell(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_ensemble_leaves_the_same_files_and_goes_on_from_them(tmp_path):
+    from smlstm.ensemble import SMLSTMEnsemble
+    from smlstm.fetch import load_prices
+    from smlstm.forecaster import Forecaster
+
+    folder = run(tmp_path, ensemble=True, start="2012-01-01", epochs=1)
+    assert {p.name for p in folder.iterdir()} == FILES
+    assert read(folder, "manifest.json")["parameters"]["ensemble"] is True
+    assert "Who is believed" in (folder / "report.html").read_text(encoding="utf-8")
+    again, written = Forecaster.load(folder), pd.read_csv(folder / "forecasts.csv").iloc[-1]
+    assert isinstance(again.model, SMLSTMEnsemble) and [m.scale for m in again.model.config.members] == [1, 1, 5, 21]
+    tomorrow = again.predict(load_prices("SPY", "sample", start="2012-01-01"))
+    for name in ("forecast_close", "up_probability", "forecast_variance", "regime_1"):
+        assert tomorrow[name] == pytest.approx(float(written[name]), rel=1e-9), name
+
+
 @pytest.mark.slow
 def test_hourly_bars_go_all_the_way(tmp_path):
     from yahoo_server import hourly

@@ -1,0 +1,206 @@
+"""The ensemble as others take it over: any split, any shape, exported, killed while training, damaged on disk."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from smlstm.ensemble import (
+    EnsembleConfig, Member, MemberConfig, SMLSTMEnsemble, Together, default_members, ensemble_config, fit_ensemble, inner_folds, join_states,
+    load_ensemble, load_network, rolling_blocks, weight_frame,
+)
+from smlstm.model import Forecast, ModelFileError, SMLSTMConfig, map_state, save_model
+from smlstm.sequences import create_sequences, create_tpu_dataloader
+from smlstm.training import TrainConfig
+
+SMALL = SMLSTMConfig(n_features=3, hidden_size=8, n_layers=1, chunk_size=8)
+
+
+def trained_like(config):
+    torch.manual_seed(0)
+    members = [Member(member) for member in config.members]
+    for member in members:
+        for head in (member.model.heads, member.model.direct):
+            torch.nn.init.normal_(head.weight)
+    ensemble = SMLSTMEnsemble(config, members)
+    torch.nn.init.normal_(ensemble.meta_network.portfolios)
+    return ensemble.eval()
+
+
+KINDS = [default_members(SMALL), default_members(SMALL, (2, 3)), (MemberConfig(4, replace(SMALL, processor="mlp")),),
+         default_members(replace(SMALL, n_layers=2, d_state=0, left="full", input_gate="sigmoid"), (1, 7))]
+
+
+@pytest.mark.parametrize("members", KINDS, ids=range(len(KINDS)))
+def test_any_split_any_batch_gives_the_same_forecasts(members):
+    ensemble = trained_like(EnsembleConfig(members)).double()
+    x = torch.randn(3, 45, 3, dtype=torch.float64)
+    with torch.no_grad():
+        whole, last = ensemble(x)
+        for split in ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]):
+            state, parts = None, []
+            for piece in x.split(split, 1):
+                forecast, state = ensemble(piece, state)
+                parts.append(forecast)
+            for name, *pieces in zip(Forecast._fields, *parts):
+                torch.testing.assert_close(torch.cat(pieces, 1), getattr(whole, name), rtol=1e-9, atol=1e-10)
+            join_states(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10), state, last)
+        alone, _ = ensemble(x[1:2])
+        torch.testing.assert_close(alone.price, whole.price[1:2], rtol=1e-9, atol=1e-10)
+
+
+def test_nothing_reaches_back_from_any_step():
+    ensemble = trained_like(EnsembleConfig(default_members(SMALL))).double()
+    x = torch.randn(1, 60, 3, dtype=torch.float64).requires_grad_()
+    forecast, _ = ensemble(x)
+    for t in (0, 4, 20, 41):
+        (gradient,) = torch.autograd.grad(sum(part[0, t].sum() * w for part, w in zip(forecast, (1.0, 0.7, 0.3, 0.1))), x, retain_graph=True)
+        assert not gradient[0, t + 1:].any() and gradient[0, t].any()
+
+
+def test_the_batch_has_the_gradients_of_the_loop():
+    torch.manual_seed(0)
+    members = [Member(MemberConfig(3, SMALL)).double().eval() for _ in range(3)]
+    for member in members:
+        torch.nn.init.normal_(member.model.heads.weight)
+    together, x = Together(members).eval(), torch.randn(2, 40, 3, dtype=torch.float64)
+    torch.manual_seed(1)
+    weight = torch.randn(2, 3, 40, dtype=torch.float64)
+    (together(x)[0].price * weight).sum().backward()
+    for m, member in enumerate(members):
+        (member(x)[0].price * weight[:, m]).sum().backward()
+        for name, p in member.model.named_parameters():
+            batched = dict(together.model.named_parameters())[name].grad
+            assert (p.grad is None) == (batched is None) or not batched[m].any()
+            if p.grad is not None:
+                torch.testing.assert_close(batched[m], p.grad, rtol=1e-8, atol=1e-9)
+
+
+def test_only_the_meta_network_learns():
+    ensemble = trained_like(EnsembleConfig(default_members(SMALL))).train()
+    assert not any(module.training for module in ensemble.groups.modules())
+    ensemble(torch.randn(2, 30, 3))[0].price.sum().backward()
+    assert all((p.grad is None) == name.startswith("groups") for name, p in ensemble.named_parameters() if "persistence" not in name and "regimes.bias" not in name and "cell." not in name)
+
+
+def test_the_state_does_not_grow_and_keeps_the_batch_in_front():
+    ensemble, shapes = trained_like(EnsembleConfig(default_members(SMALL))), []
+    for T in (3, 300):
+        sizes = []
+        map_state(lambda part: sizes.append(tuple(part.shape)) or part, ensemble(torch.randn(2, T, 3))[1])
+        shapes.append(sizes)
+    assert shapes[0] == shapes[1] and all(size[0] == 2 for size in shapes[0])
+
+
+class Window(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return tuple(self.model(x)[0])
+
+
+def test_exports(tmp_path):
+    ensemble = trained_like(EnsembleConfig(default_members(SMALL, (1, 5))))
+    with torch.no_grad():
+        program = torch.export.export(Window(ensemble), (torch.randn(4, 22, 3),), strict=False)
+    torch.export.save(program, tmp_path / "ensemble.pt2")
+    again, x = torch.export.load(tmp_path / "ensemble.pt2").module(), torch.randn(4, 22, 3)
+    for new, old in zip(again(x), ensemble(x)[0]):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
+
+
+def test_the_configuration_survives_json():
+    config = EnsembleConfig(default_members(SMALL), width=4)
+    assert ensemble_config(json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("spoil", [lambda t, c: (t, c.replace('"scale": 5', '"scale": 0')), lambda t, c: (t, c.replace('"hidden_size": 8', '"hidden_size": 16')),
+                                   lambda t, c: (dict(list(t.items())[1:]), c), lambda t, c: (t, c.replace('"width"', '"breadth"'))])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, spoil):
+    from safetensors import safe_open
+
+    path, ensemble = tmp_path / "e.safetensors", trained_like(EnsembleConfig(default_members(SMALL)))
+    save_model(ensemble, path)
+    with safe_open(path, "pt") as file:
+        tensors, config = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["smlstm_config"]
+    tensors, config = spoil(tensors, config)
+    save_file(tensors, path, {"smlstm_config": config})
+    for load in (load_ensemble, load_network):
+        with pytest.raises(ModelFileError, match="does not fit"):
+            load(path)
+
+
+def test_blocks_are_means_of_complete_blocks_however_long():
+    x = torch.randn(1, 50, 2, dtype=torch.float64)
+    for scale in (1, 2, 21, 60):
+        blocks, rows = rolling_blocks(x, torch.zeros(1, scale - 1, 2, dtype=torch.float64), scale)
+        padded = torch.cat([torch.zeros(1, scale, 2, dtype=torch.float64), x], 1)
+        by_hand = torch.stack([padded[:, t + 1:t + 1 + scale].mean(1) for t in range(50)], 1)
+        torch.testing.assert_close(blocks, by_hand)
+        assert rows.shape[1] == scale - 1
+
+
+def test_inner_folds_never_look_ahead():
+    for start, stop, folds, horizon in ((0, 1000, 2, 1), (17, 500, 3, 5), (100, 163, 1, 20)):
+        for train, test in inner_folds(slice(start, stop), folds, horizon):
+            assert train.start == start and train.stop <= test.start - horizon and test.stop <= stop and train.stop > start
+        assert test.stop == stop
+
+
+def data(n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, 3)).astype(np.float32)
+    y = np.column_stack([x[:, 0] + rng.standard_normal(n), rng.standard_normal(n) > 0, rng.standard_normal(n)]).astype(np.float32)
+    return x, y
+
+
+def split(rows):
+    middle = rows.start + round(0.8 * (rows.stop - rows.start))
+    return slice(rows.start, middle), slice(middle, rows.stop)
+
+
+def loaders(x, y, learn, valid, seed):
+    cut = lambda rows, shuffle: create_tpu_dataloader(create_sequences(x[rows], y[rows], 16, False, 8), 8, shuffle, seed=seed)
+    return cut(learn, True), cut(valid, False)
+
+
+QUICK = dict(split=split, loaders=loaders, training=TrainConfig(epochs=2, warmup_epochs=1), device="cpu", progress=False)
+
+
+def test_interrupted_training_ends_where_the_uninterrupted_does(tmp_path, monkeypatch):
+    import smlstm.ensemble as ensemble
+
+    (x, y), config = data(), EnsembleConfig(default_members(SMALL, (1, 4)))
+    whole, _ = fit_ensemble(config, x, y, slice(0, 300), **QUICK)
+    real, calls = ensemble.fit, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ensemble, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit_ensemble(config, x, y, slice(0, 300), checkpoint_dir=tmp_path, resume=True, **QUICK)
+    monkeypatch.setattr(ensemble, "fit", real)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.safetensors")}
+    again, _ = fit_ensemble(config, x, y, slice(0, 300), checkpoint_dir=tmp_path, resume=True, **QUICK)
+    assert len(before) == 5 and all(path.stat().st_mtime_ns == then for path, then in before.items())
+    for one, other in zip(whole.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+def test_rows_after_the_training_rows_have_no_influence():
+    (x, y), config = data(), EnsembleConfig(default_members(SMALL, (1, 4)))
+    one, _ = fit_ensemble(config, x, y, slice(20, 300), **QUICK)
+    x[300:], y[300:] = 7, 7
+    other, _ = fit_ensemble(config, x, y, slice(20, 300), **QUICK)
+    same = [torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values())]
+    assert all(same)
+    assert weight_frame(one, x).iloc[:, :-1].sum(1).to_numpy() == pytest.approx(1, abs=1e-5)
