@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENT', 'MemoryState', 'initial_memory', 'normalized_read', 'check_inputs', 'finite_log', 'at_least_float32',
-           'recurrent', 'random_inputs', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative', 'boundary_scale',
-           'Carry', 'carry', 'read_chunks', 'cut', 'chunkwise']
+           'recurrent', 'random_inputs', 'future', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative',
+           'boundary_scale', 'Carry', 'carry', 'read_chunks', 'cut', 'chunkwise']
 
 # %% ../nbs/02_memory.ipynb #c57c337b
 from typing import NamedTuple, Optional
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .stabilization import stabilize_gates
+from .stabilization import faded_exp, stabilize_gates
 
 # %% ../nbs/02_memory.ipynb #270c5b6d
 class MemoryState(NamedTuple):
@@ -93,11 +93,15 @@ def random_inputs(B: int, H: int, T: int, d: int, dtype=torch.float64, seed: int
     return q, k / d**0.5, v, log_i, log_f
 
 # %% ../nbs/02_memory.ipynb #73a1876e
+def future(x: Tensor) -> Tensor:
+    "For x [..., L]: minus infinity where s comes after t, else 0, [t, s]."
+    return x.new_full((x.shape[-1], x.shape[-1]), -torch.inf).triu(1)
+
+
 def decay_matrix(log_a: Tensor) -> Tensor:
     "Logs of the products of `a` over (s, t]: log_a [..., T] to [..., t, s], minus infinity where s > t."
     total = log_a.cumsum(-1)
-    past = torch.ones(log_a.shape[-1], log_a.shape[-1], dtype=torch.bool, device=log_a.device).tril()
-    return (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf)
+    return total[..., :, None] - total[..., None, :] + future(total)
 
 # %% ../nbs/02_memory.ipynb #682d2892
 class Weights(NamedTuple):
@@ -112,7 +116,7 @@ def memory_weights(log_i: Tensor, log_f: Tensor, m0: Tensor) -> Weights:
     written = decay_matrix(log_f) + log_i[..., None, :]
     carried = log_f.cumsum(-1) + m0[..., None]
     m = torch.maximum(written.amax(-1), carried).detach()
-    return Weights(torch.exp(written - m[..., None]), torch.exp(carried - m), m)
+    return Weights(faded_exp(written - m[..., None]), faded_exp(carried - m), m)
 
 # %% ../nbs/02_memory.ipynb #b168b29f
 def cumulative(
@@ -184,7 +188,7 @@ def read_chunks(q, k, v, log_i, log_f, theta: float, state: MemoryState) -> tupl
     boundary = boundary_scale(log_i, log_f, m0).detach()
     faded = log_f.cumsum(-1)
     weights = memory_weights(log_i, log_f, boundary[..., :-1])
-    left_at_end = torch.exp(log_i + faded[..., -1:] - faded - boundary[..., 1:, None])
+    left_at_end = faded_exp(log_i + faded[..., -1:] - faded - boundary[..., 1:, None])
     weighted_k = k * left_at_end[..., None]
     C, C_end = carry(C0, v.mT @ weighted_k, faded[..., -1], boundary)
     n, n_end = carry(n0, weighted_k.sum(-2), faded[..., -1], boundary)
