@@ -368,6 +368,45 @@ def test_killed_between_chunks_and_resumed(yahoo, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+CROWD = """
+    import sys
+    import yfinance, yfinance.base, yfinance.scrapers.history
+    from smlstm import fetch
+    for module in (yfinance.base, yfinance.scrapers.history): module._BASE_URL_ = sys.argv[1]
+    yfinance.data.YfData._get_cookie_and_crumb = lambda self, timeout=30: (None, "basic")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    got = fetch.load_prices("SPY", "yahoo", start=sys.argv[3], cache_dir=sys.argv[2], delay=0.01)
+    print(got.provenance.sha256, flush=True)
+"""
+
+
+def crowd(yahoo, folder, starts):
+    "Processes that are ready to load the same symbol into the same folder."
+    command = [sys.executable, "-c", textwrap.dedent(CROWD), yahoo.url, str(folder)]
+    children = [subprocess.Popen([*command, start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for start in starts]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    return children
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_share_a_cache_while_one_of_them_is_killed(yahoo, tmp_path, rounds):
+    starts, chance = ["2007-01-03", "2012-01-03", "2007-01-03", "2016-01-04"], random.Random(0)
+    for number in range(rounds):
+        yahoo.fault, folder = lambda asked: chance.choice(["reset", "null", "error", None, None, None]), tmp_path / str(number)
+        children = crowd(yahoo, folder, starts)
+        for child in children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        time.sleep(chance.uniform(0.05, 1.5))
+        children[0].kill()
+        said = [child.communicate(timeout=300)[0].strip().splitlines() or [""] for child in children]
+        for start, sha in list(zip(starts, said))[1:]:
+            assert sha[-1] == frame_hash(truth(spy(), start, "2999-01-01")), start
+        assert {p.name for p in folder.iterdir()} <= {"SPY_1d_adjusted.parquet", "SPY_1d_adjusted.lock"}
+
+
 def test_chunks_of_another_day_are_not_trusted(yahoo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fetch.shutil, "rmtree", lambda *a, **k: None)
