@@ -118,6 +118,8 @@ RULES = {
 
 # %% ../nbs/20_report.ipynb #3ff9e8ff
 TOGETHER = [
+    ("source", lambda p: "'auto', 'yahoo' or 'sample' for several tickers: a file holds one series",
+     lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
     ("source", "'auto', 'yahoo' or 'sample' for several tickers: a file holds one", lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
     ("ensemble", lambda p: "False with several tickers: an ensemble reads one series", lambda p: not (p["ensemble"] and "," in p["ticker"])),
     ("hidden_size", lambda p: f"a multiple of n_heads={p['n_heads']}", lambda p: p["hidden_size"] % p["n_heads"] == 0),

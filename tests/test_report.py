@@ -83,6 +83,13 @@ def test_a_device_that_is_not_there_is_refused():
         check_parameters(device="cuda")
 
 
+def test_a_file_is_of_one_ticker(tmp_path):
+    (tmp_path / "a.csv").write_text("")
+    check_parameters(ticker="SPY", source=str(tmp_path / "a.csv"))
+    with pytest.raises(ParameterError, match="a file holds one series"):
+        check_parameters(ticker="SPY,QQQ", source=str(tmp_path / "a.csv"))
+
+
 def test_dates_with_and_without_a_zone_compare():
     assert check_parameters(start="2010-01-01T00:00:00Z", end="2012-01-01")
     with pytest.raises(ParameterError, match="before end"):
