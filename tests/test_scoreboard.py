@@ -1,0 +1,52 @@
+"""The figures to reach: the record beside the notebook is whole and says what it proves; each is measured anew with --slow."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from smlstm.scoreboard import MEASURES, Figure, calendar_folds, judged, main, measure, random_walk, read_figures, scoreboard
+
+RECORD = Path(__file__).parent.parent / "nbs" / "scoreboard.json"
+
+
+def test_the_record_is_whole_and_in_order():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert list(record) == list(MEASURES)
+    for part in record.values():
+        assert part["cpu_seconds"] > 0 and part["measured"] and part["torch"]
+    assert len(scoreboard(read_figures(RECORD))) == sum(len(part["figures"]) for part in record.values())
+
+
+def test_every_recorded_verdict_follows_from_its_numbers():
+    facts = {figure.what.split(",")[0]: figure for figure in read_figures(RECORD)}
+    momentum = facts["planted momentum"]
+    assert momentum.holds == (sorted(momentum.facts["share"])[2] >= 0.95)
+    recall = facts["associative recall"]
+    assert recall.holds == (recall.facts["SM-LSTM"] > 0.99 and max(recall.facts["nn.LSTM"].values()) < 0.6)
+    noise = facts["pure noise"]
+    assert len(noise.facts) == 20 and noise.holds == (sum(map(bool, noise.facts.values())) <= 1)
+    for index in ("^GSPC", "^IXIC"):
+        score, p = facts[f"volatility of {index}"].facts["QLIKE"], facts[f"volatility of {index}"].facts["p-value"]
+        assert facts[f"volatility of {index}"].holds == all(score["model"] < score[name] and p[name] < 0.05 for name in ("garch", "log_har"))
+        assert facts[f"90% intervals of {index}"].holds == all(0.88 <= facts[f"90% intervals of {index}"].facts[side]["all"] <= 0.92 for side in ("close", "variance"))
+
+
+def test_nothing_can_be_known_about_a_random_walk():
+    walk = random_walk(700, seed=1)
+    assert (walk.high >= walk[["open", "close"]].max(axis=1)).all() and (walk.low <= walk[["open", "close"]].min(axis=1)).all()
+    assert set(judged(walk)) == {"price", "direction", "volatility"}
+
+
+def test_an_unknown_measure_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "luck"])
+    assert "luck" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_figure_is_reached(name):
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))[name]["figures"]
+    for now, then in zip(measure(name)["figures"], recorded, strict=True):
+        assert Figure(**now).holds == then["holds"], f"{now['what']}: {now['measured']}, recorded {then['measured']}"
