@@ -8,8 +8,8 @@ __all__ = ['DECAY', 'PRICES', 'LONE', 'KEPT', 'LEAST', 'FORMAT', 'Table', 'build
            'WindowConfig', 'Split', 'split_rows', 'split_panel', 'panel_folds', 'Loaders', 'make_loaders', 'read',
            'stream', 'Calibration', 'believed', 'price_share', 'direction_share', 'calibrate', 'to_units',
            'relative_variance', 'Fitted', 'Forecaster', 'Scores', 'make_scores', 'more_scores', 'bounds', 'check_alike',
-           'fit_panel', 'fit_forecaster', 'Stream', 'begin', 'trading_days', 'bars_ahead', 'date_ahead', 'to_long',
-           'flattened', 'quick_step', 'scale_row', 'ForecasterFileError', 'write_folder']
+           'fit_panel', 'fit_scales', 'fit_forecaster', 'Stream', 'begin', 'trading_days', 'bars_ahead', 'date_ahead',
+           'to_long', 'flattened', 'quick_step', 'scale_row', 'ForecasterFileError', 'write_folder']
 
 # %% ../nbs/18_forecaster.ipynb #be16668e
 import hashlib
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 from weakref import WeakKeyDictionary
@@ -35,11 +35,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .device import pick_device
+from .ensemble import EnsembleConfig, default_members, fit_ensemble, load_network
 from .evaluation import conformal_intervals, conformal_quantile, ewma_variance
 from .fetch import Prices
 from .features import FEATURES, SETTLED, WARMUP, has_range, has_volume, latest_features, make_targets, prepare_data, variance_proxy
 from .metrics import qlike_scale
-from .model import SMLSTM, Forecast, SMLSTMConfig, load_model, map_state, save_model
+from .model import SMLSTM, Forecast, SMLSTMConfig, map_state, save_model
 from .sequences import Fold, Scaler, SequenceLoader, create_sequences, create_tpu_dataloader, fit_scaler, join_sequences, time_folds
 from .training import History, TrainConfig, fit as train_model
 
@@ -323,7 +324,7 @@ class Fitted(NamedTuple):
 class Forecaster:
     "Fit on prices, ask for tomorrow, go on bar by bar. Made for use by `fit`, `fit_forecaster`, `fit_panel` or `load`."
     horizon: int = 1  # bars ahead
-    architecture: dict = field(default_factory=dict)  # fields of `SMLSTMConfig`, without n_features
+    architecture: dict = field(default_factory=dict)  # fields of `SMLSTMConfig`, without n_features; "scales" for an ensemble
     windows: WindowConfig = WindowConfig()
     training: TrainConfig = TrainConfig(learning_rate=0.003)
     device: str = "auto"
@@ -377,7 +378,7 @@ def check_alike(tables: dict) -> None:
 def fit_panel(
     tables: dict,  # name to `Table`
     train: Optional[dict] = None,  # name to rows to fit on; None for all whose target is known
-    model: dict = {},  # fields of `SMLSTMConfig`, without n_features
+    model: dict = {},  # fields of `SMLSTMConfig`, without n_features; "scales" for an ensemble
     windows: WindowConfig = WindowConfig(),
     training: TrainConfig = TrainConfig(learning_rate=0.003),
     device: str = "auto",
@@ -404,9 +405,13 @@ def _trained(tables, train, build, model, windows, training, device, fit_options
     for name, table in tables.items():
         with about(name): scaled[name] = scale_table(table, train[name])
     splits = split_panel(tables, train, windows)
+    config = SMLSTMConfig(n_features=next(iter(scaled.values())).x.shape[1], **{name: value for name, value in model.items() if name != "scales"})
+    if model.get("scales") and build is SMLSTM:
+        net, history = fit_scales(config, model["scales"], tables, train, scaled, windows, training, device, **fit_options)
+        return net, scaled, splits, history
     loaders = make_loaders(scaled, splits, windows, training.seed, place)
     torch.manual_seed(training.seed)
-    net = build(SMLSTMConfig(n_features=next(iter(scaled.values())).x.shape[1], **model))
+    net = build(config)
     return net, scaled, splits, train_model(net, *loaders, training, device=device, **fit_options)
 
 
@@ -421,11 +426,20 @@ def _adopt(forecaster, name, table, scaled, train, split, origin):
     scores = forecaster.streams[name].scores
     forecaster.series[name] = forecaster.series[name]._replace(price_scores=tuple(scores.price.tolist()), variance_scores=tuple(scores.variance.tolist()))
 
+# %% ../nbs/18_forecaster.ipynb #6b900fef
+def fit_scales(config: SMLSTMConfig, scales, tables: dict, train: dict, scaled: dict, windows: WindowConfig, training: TrainConfig, device: str, **fit_options) -> tuple:
+    "An ensemble on one series, and how its meta network's training went. `ValueError` where there are several series."
+    if len(tables) > 1: raise ValueError(f"scales={list(scales)} with {len(tables)} series: an ensemble reads one series. Leave scales out, or fit each series by itself")
+    (name, table), = tables.items()
+    def loaders(x, y, learn, valid, seed): return make_loaders(scaled[name]._replace(x=x, y=y), Split(learn, valid), windows, seed, pick_device(device))
+    split, ensemble = partial(split_rows, horizon=table.horizon, windows=windows), EnsembleConfig(default_members(config, tuple(scales)))
+    return fit_ensemble(ensemble, scaled[name].x, scaled[name].y, train[name], split, loaders, training, horizon=table.horizon, device=device, **fit_options)
+
 # %% ../nbs/18_forecaster.ipynb #335c03b0
 def fit_forecaster(
     table: Table,
     train: slice,  # rows to fit on; none after them has any influence
-    model: dict = {},  # fields of `SMLSTMConfig`, without n_features
+    model: dict = {},  # fields of `SMLSTMConfig`, without n_features; "scales" for an ensemble
     windows: WindowConfig = WindowConfig(),
     training: TrainConfig = TrainConfig(learning_rate=0.003),
     device: str = "auto",
@@ -886,7 +900,7 @@ def load(cls: Forecaster, folder) -> "Forecaster":
     folder = Path(folder)
     config = _read_config(folder)
     try:
-        model = load_model(_find(folder, "model.safetensors", config["files"]["model.safetensors"]))
+        model = load_network(_find(folder, "model.safetensors", config["files"]["model.safetensors"]))
         tensors = load_file(_find(folder, "stream.safetensors", config["files"]["stream.safetensors"]))
         settings = {name: config[name] for name in ("horizon", "architecture", "device", "max_gap")}
         return cls(**settings, exogenous=tuple(config["exogenous"]), windows=WindowConfig(**config["windows"]), training=TrainConfig(**config["training"]), model=model,
