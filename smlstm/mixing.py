@@ -11,9 +11,9 @@ __all__ = ['UNCUT', 'STRETCH', 'KEPT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mix
            'read_first', 'mixed_chunks', 'Rows', 'Work', 'new_work', 'flat', 'advance_rows', 'sided', 'read_rows',
            'back_from_carried', 'back_through_chunks', 'back_from_scores', 'back_from_writes', 'Chunks', 'chunk_rows',
            'stretches', 'at', 'suffix_sum', 'back_from_masks', 'back_from_kernel', 'back_from_rows', 'one_stretch',
-           'back_one_stretch', 'ByHand', 'back_by_hand', 'heads_first', 'in_chunks', 'mixed_rows', 'by_hand',
+           'back_one_stretch', 'ByHand', 'back_by_hand', 'heads_first', 'in_chunks', 'mixed_by_hand', 'by_hand',
            'cut_mixing', 'last_mixed', 'segments', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadRows',
-           'only_once', 'row_kernel', 'carry_rows', 'read_row_states', 'mixed_xla', 'cut_rows']
+           'only_once', 'row_kernel', 'carry_rows', 'read_row_states', 'mixed_rows', 'mixed_xla', 'cut_rows']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
@@ -199,9 +199,9 @@ class Kernel(NamedTuple):
     to_end: Tensor  # [B, H, c, N, s] from Cr_s to X at the end of the chunk
     from_start: Tensor  # [B, H, c, t, N] from X before the chunk to Cf_t
     held: Tensor  # [B, H, c, t] from the mixed memory of the step before to Cf_t
-    K: Tensor  # [B, H, c, t, s] from Cr_s to Cm_t
-    between: Tensor  # [B, H, c, N, t, s] what is left at t of a state at s
-    left: Tensor  # [B, H, c, t, N] and of the states before the chunk
+    K: Optional[Tensor] = None  # [B, H, c, t, s] from Cr_s to Cm_t
+    between: Optional[Tensor] = None  # [B, H, c, N, t, s] what is left at t of a state at s
+    left: Optional[Tensor] = None  # [B, H, c, t, N] and of the states before the chunk
 
 
 def mixing_kernel(mix: Mixing, scales: Scales) -> Kernel:
@@ -690,7 +690,7 @@ def in_chunks(q, k, v, log_i, log_f, scales: Scales, mix: Mixing) -> Chunks:
     return Chunks(*(heads_first(x, H) for x in cut_up), mix.read.expand(H, -1), mix.skip.expand(H), side)
 
 # %% ../nbs/05_mixing.ipynb #0ccf10b4
-def mixed_rows(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
+def mixed_by_hand(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "`mixed_chunks` for processors that act on rows, with the backward pass by hand."
     with torch.autocast(q.device.type, enabled=False):
         scales = chunk_scales(log_i, log_g, state.m)
@@ -788,7 +788,7 @@ def mixed_chunkwise(
     for start, stop in segments(T, T if hand else L * SEGMENT):
         parts = [cut(x, 2, start, stop, L) for x in (q, k, v)]
         gates = cut(log_i, 2, start, stop, L, -torch.inf), *(cut(x, 2, start, stop, L) for x in (log_f, log_g))
-        h, state = (mixed_rows if hand else mixed_chunks)(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
+        h, state = (mixed_by_hand if hand else mixed_chunks)(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
         state = state._replace(Cm=last_mixed(state, mix.regime[:, stop - 1], mix))
         outputs.append(h.flatten(2, 3)[:, :, : stop - start])
     return torch.cat(outputs, 2).to(dtype), state
