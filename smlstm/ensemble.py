@@ -33,7 +33,7 @@ from .mixing import initial_mixed
 from .model import SMLSTM, Forecast, ModelFileError, ModelState, SMLSTMConfig, build_model, map_state, read_model_file
 from .sequences import time_folds
 from .signals import initial_signal_state
-from .training import History, TrainConfig, fit
+from .training import History, TrainConfig, fit, mean_losses, validation_sums
 
 # %% ../nbs/15_ensemble.ipynb #58eb7cfa
 def rolling_blocks(
@@ -364,9 +364,13 @@ def fit_meta(config: EnsembleConfig, said: np.ndarray, x: np.ndarray, y: np.ndar
     "A meta network trained on what members said [n, M, 3] about the rows `learn`, and stopped by `valid`, on the CPU."
     torch.manual_seed(training.seed)
     meta = MetaNetwork(len(config.members), config.n_features, config.width, config.n_regimes, config.dropout)
-    start_from_standing(meta, said[learn], y[learn], MultiObjectiveLoss(training.pos_weight, training.huber_delta))
-    history = fit(meta, *loaders(np.hstack([said.reshape(len(x), -1), x]), y, learn, valid, training.seed), training, checkpoint_dir=folder, **options)
-    return meta.cpu(), history
+    objective, batches = MultiObjectiveLoss(training.pos_weight, training.huber_delta), loaders(np.hstack([said.reshape(len(x), -1), x]), y, learn, valid, training.seed)
+    start_from_standing(meta, said[learn], y[learn], objective)
+    standing, before = copy.deepcopy(meta.state_dict()), mean_losses(*validation_sums(meta, batches[1], objective, torch.device("cpu")).tolist()).total
+    history = fit(meta, *batches, training, checkpoint_dir=folder, **options)
+    meta = meta.cpu()
+    if history.epochs[history.best_epoch].valid.total >= before: meta.load_state_dict(standing)
+    return meta, history
 
 # %% ../nbs/15_ensemble.ipynb #535f1110
 def fit_ensemble(
