@@ -72,6 +72,9 @@ def test_forecasts_are_written_plainly(finished):
     lines = (finished / "forecasts.csv").read_text(encoding="utf-8").splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","))) for line in (lines[1], lines[-1])]
     assert all(len(row["date"]) == len("2018-12-31") for row in rows) and [row["fold"] for row in rows] == ["0", ""]
+    assert not [name for name in lines[0].split(",") if "-" in name]
+    close, lower, upper = (float(rows[-1][name]) for name in ("forecast_close", "lower_close", "upper_close"))
+    assert lower < close < upper                                        # the next forecast has its interval in the same columns
 
 
 def test_says_which_series_this_is(finished):
