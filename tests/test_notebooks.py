@@ -86,6 +86,25 @@ def test_imports_run_downhill(path):
     assert not uphill(int(path.stem[:2]), cells(path), numbers)
 
 
+def defined(source):
+    "Names of functions and classes at the top of a module; a patched method with its class."
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+            yield f"{ast.unparse(node.args.args[0].annotation)}.{node.name}" if patched else node.name
+
+
+@numbered
+def test_no_name_is_defined_twice(path):
+    names = list(defined((ROOT / "smlstm" / f"{module(path)}.py").read_text(encoding="utf-8")))
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
+def test_a_second_definition_is_found():
+    source = "def f(x): 1\ndef g(): 2\nclass f: pass\n@patch\ndef g(self: A): 3\n@patch(cls_method=True)\ndef g(cls: B): 4"
+    assert list(defined(source)) == ["f", "g", "f", "A.g", "B.g"]
+
+
 def test_uphill_imports_are_found():
     numbers = {"memory": 2, "mixing": 5}
     climbing = ["from smlstm.mixing import Mixing", "import smlstm.mixing", "def f():\n    from smlstm import mixing", "%pip x\nfrom smlstm.memory import recurrent"]
