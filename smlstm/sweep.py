@@ -155,19 +155,20 @@ def traces(tasks: list, folder: Path) -> tuple:
     return len(missing(tasks, folder)), sum(starts(place(folder, task).starts) for task in tasks)
 
 def rounds(run: Callable, tasks: list, folder: Path, attempts: int, pause: float, bar: tqdm, patience: float = 60.0):
-    "Rounds until every task has an outcome. SweepError where two break off in a row and leave no trace."
+    "Rounds until every task has an outcome. SweepError where two in a row leave no trace."
     count, barren = workers(), 0
     while waiting := missing(tasks, folder):
-        bar.n, before = len(tasks) - len(waiting), traces(tasks, folder)
+        bar.n, before, error = len(tasks) - len(waiting), traces(tasks, folder), None
         work = [delayed(attempt)(run, task, folder, attempts, pause) for task in next_round(waiting, folder)]
         context = engine(count, patience)
         if not isinstance(context, nullcontext): patience = 0.0            # waited for in vain: not again
         try:
             with context: Counted(bar, n_jobs=asked(), batch_size=1)(work)
-        except Exception as error:
-            barren = barren + 1 if traces(tasks, folder) == before else 0
-            if barren == 2: raise SweepError(f"these tasks cannot be run here: {type(error).__name__}: {error}") from error
+        except Exception as broken:
+            error = broken
             tqdm.write(f"A round broke off ({type(error).__name__}); what is missing runs again.")
+        barren = barren + 1 if traces(tasks, folder) == before else 0
+        if barren == 2: raise SweepError(f"these tasks cannot be run here: {type(error).__name__}: {error}" if error else f"outcomes do not stay in {folder}") from error
     bar.update(len(tasks) - bar.n)
 
 # %% ../nbs/24_sweep.ipynb #88c1d277

@@ -28,14 +28,23 @@ class Toy(NamedTuple):
 
 
 def slowly(task):
+    in_hand = Path(f"{task.log}.{task.number}.in_hand")
+    in_hand.touch()
     time.sleep(task.seconds)
     with open(task.log, "a") as log:
         log.write(f"{task.number}\n")
+    in_hand.unlink(missing_ok=True)
     return {"score": task.number / 10}
 
 
 def deadly(task):
+    "The first task kills its process, if possible while a neighbour has something in hand."
     if task.number == 0:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not (in_hand := list(Path(task.log).parent.glob("*.in_hand"))):
+            time.sleep(0.01)
+        for path in in_hand:
+            path.unlink(missing_ok=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return slowly(task)
 
@@ -238,6 +247,12 @@ def test_a_damaged_outcome_is_made_again(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:7])
     assert [r["status"] for r in alone(slowly, tasks, tmp_path / "out")] == ["ok"] * 3
     assert ended(tmp_path) == Counter({0: 1, 1: 2, 2: 1})
+
+
+def test_a_folder_that_keeps_nothing_ends_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("smlstm.sweep.write_outcome", lambda path, outcome: None)
+    with pytest.raises(SweepError, match="outcomes do not stay in"):
+        alone(slowly, toys(tmp_path, 2, seconds=0), tmp_path / "out", attempts=2, pause=0)
 
 
 def test_scores_that_cannot_be_filed_are_a_failure_of_the_task(tmp_path):
