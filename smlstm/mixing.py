@@ -12,8 +12,9 @@ __all__ = ['UNCUT', 'STRETCH', 'KEPT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mix
            'back_from_carried', 'back_through_chunks', 'back_from_scores', 'back_from_writes', 'Chunks', 'chunk_rows',
            'stretches', 'at', 'suffix_sum', 'back_from_masks', 'back_from_kernel', 'back_from_rows', 'one_stretch',
            'back_one_stretch', 'ByHand', 'back_by_hand', 'heads_first', 'in_chunks', 'mixed_by_hand', 'by_hand',
-           'cut_mixing', 'last_mixed', 'segments', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadRows',
-           'only_once', 'row_kernel', 'carry_rows', 'read_row_states', 'mixed_rows', 'mixed_xla', 'cut_rows']
+           'cut_mixing', 'last_mixed', 'segments', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat',
+           'only_once', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla',
+           'cut_flat']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
@@ -793,8 +794,8 @@ def mixed_chunkwise(
         outputs.append(h.flatten(2, 3)[:, :, : stop - start])
     return torch.cat(outputs, 2).to(dtype), state
 
-# %% ../nbs/05_mixing.ipynb #6bfea93f
-class ReadRows(torch.autograd.Function):
+# %% ../nbs/05_mixing.ipynb #be20c6ae
+class ReadFlat(torch.autograd.Function):
     "Sum over r of A_r (((K w_r) W) S) v: kernel K, writes W, scores S [G, L, L], regimes w [G, R, L], v [G, L, d], gains A [G, R, d]."
 
     @staticmethod
@@ -825,9 +826,17 @@ def only_once(*tensors: Tensor) -> None:
         import torch_xla
         torch_xla._XLAC._xla_optimization_barrier_(list(tensors))
 
-# %% ../nbs/05_mixing.ipynb #264f54f1
-def row_kernel(mix: Mixing, start: Tensor, step: Tensor) -> Kernel:
-    "Kernel for log_decay, inject [G, N, L] and persistence [G, L], on scales start [G] and step [G, L]; states before steps."
+# %% ../nbs/05_mixing.ipynb #d7e8d06b
+class FlatKernel(NamedTuple):
+    "`Kernel` of chunks in one axis, states before steps."
+    inside: Tensor  # [G, t, s]
+    to_end: Tensor  # [G, N, s]
+    from_start: Tensor  # [G, N, t]
+    held: Tensor  # [G, t]
+
+
+def flat_kernel(mix: Mixing, start: Tensor, step: Tensor) -> FlatKernel:
+    "Kernel for log_decay, inject [G, N, L] and persistence [G, L], on scales start [G] and step [G, L]."
     s, total = mix.persistence, mix.log_decay.cumsum(-1)
     held, c_b = s * torch.exp(torch.cat([start[:, None], step[:, :-1]], -1) - step), mix.read[:, None] * mix.inject
     both = (1 - s)[:, None] * mix.log_decay.exp() + s[:, None]
@@ -839,13 +848,13 @@ def row_kernel(mix: Mixing, start: Tensor, step: Tensor) -> Kernel:
     own = (1 - s) * (c_b.sum(1) + mix.skip)
     K = torch.where(ago == 0, own[..., None], torch.where(ago == 1, K + (held * mix.skip)[..., None], K))
     to_end = mix.inject * torch.exp(total[..., -1:] - total + (step - step[:, -1:])[:, None])
-    return Kernel(K, to_end, mix.read[:, None] * torch.exp(reach + (start[:, None] - step)[:, None]), held)
+    return FlatKernel(K, to_end, mix.read[:, None] * torch.exp(reach + (start[:, None] - step)[:, None]), held)
 
-# %% ../nbs/05_mixing.ipynb #a34199fb
+# %% ../nbs/05_mixing.ipynb #df305ffe
 FEW = 8  # chunks whose boundaries are walked one by one on XLA
 
 
-def carry_rows(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+def carry_flat(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     "States before each chunk, and the last: first [P, a, b], updates [P, c, a, b], log_decay [P, c], scales of the boundaries m [P, c + 1]."
     if updates.shape[1] <= FEW:
         states, factors = [first], torch.exp(log_decay + m[:, :-1] - m[:, 1:])[..., None, None]
@@ -855,8 +864,8 @@ def carry_rows(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> 
     states = (weights @ torch.cat([first[:, None], updates], 1).flatten(2)).unflatten(2, first.shape[1:])
     return states[:, :-1], states[:, -1]
 
-# %% ../nbs/05_mixing.ipynb #e32b4621
-def read_row_states(q, k, v, C, w, W, carried, A, kernel: Kernel, log_decay, boundary, X0: Tensor) -> tuple[Tensor, Tensor]:
+# %% ../nbs/05_mixing.ipynb #d3bc6323
+def read_flat_states(q, k, v, C, w, W, carried, A, kernel: FlatKernel, log_decay, boundary, X0: Tensor) -> tuple[Tensor, Tensor]:
     "What is read from the states X0 [P, N, d, d] and those after it, [G, L, d], and the last states."
     P, c = boundary.shape[0], boundary.shape[1] - 1
     apart = lambda x: x.unflatten(0, (P, c))
@@ -865,14 +874,14 @@ def read_row_states(q, k, v, C, w, W, carried, A, kernel: Kernel, log_decay, bou
     for n in range(X0.shape[1]):
         gains = ((kernel.to_end[:, n, None] * w) @ W).mT @ A                                             # [G, u, d]
         updates = (gains * v).mT @ k + (from_carried[:, n, None] @ A).mT * C
-        X, end = carry_rows(X0[:, n], apart(updates), apart(log_decay[:, n].sum(-1)), boundary)
+        X, end = carry_flat(X0[:, n], apart(updates), apart(log_decay[:, n].sum(-1)), boundary)
         read = read + (kernel.from_start[:, n, :, None] * q) @ X.flatten(0, 1).mT
         last.append(end)
     return read, torch.stack(last, 1)
 
-# %% ../nbs/05_mixing.ipynb #472155fe
-def mixed_rows(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
-    "The fused form on chunks, as `MaskedRead`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
+# %% ../nbs/05_mixing.ipynb #c760b003
+def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
+    "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
     B, H, c, L, d = q.shape
     scales, regime = chunk_scales(log_i, log_g, state.m), mix.regime if mix.left is not None else mix.regime.sum(-1, keepdim=True)
     left = q.new_ones(H, 1, d) if mix.left is None else mix.left
@@ -883,25 +892,25 @@ def mixed_rows(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: M
     q, k, v, log_i, log_f = (x.flatten(0, 2) for x in (q, k, v, log_i, log_f))
     w, A = each(regime.mT), left[None, :, None].expand(B, H, c, *left.shape[1:]).flatten(0, 2)
     mix = mix._replace(log_decay=each(mix.log_decay.mT), inject=each(mix.inject.mT), persistence=each(mix.persistence))
-    kernel, faded = row_kernel(mix, start, step), log_f.cumsum(-1)
+    kernel, faded = flat_kernel(mix, start, step), log_f.cumsum(-1)
     W, carried = torch.exp(decay_matrix(log_f) + log_i[:, None] - step[..., None]), torch.exp(faded + start[:, None] - step)
     only_once(kernel.inside, W)
     kept = k * torch.exp(log_i + faded[:, -1:] - faded - step[:, -1:])[..., None]
-    C, C_end = carry_rows(C0, apart(v.mT @ kept), apart(faded[:, -1]), boundary)
-    n, n_end = carry_rows(n0[:, None], apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
+    C, C_end = carry_flat(C0, apart(v.mT @ kept), apart(faded[:, -1]), boundary)
+    n, n_end = carry_flat(n0[:, None], apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
     C, n, S = C.flatten(0, 1), n.flatten(0, 1), q @ k.mT
-    read, X_end = read_row_states(q, k, v, C, w, W, carried, A, kernel, mix.log_decay, boundary, X0)
+    read, X_end = read_flat_states(q, k, v, C, w, W, carried, A, kernel, mix.log_decay, boundary, X0)
     skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[:, :-1, -1], (0, 0, 1, 0)))[:, None]
     onto = kernel.inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, L - 1))                   # [G, t, R]
     unexplained = (Cm0 - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
     first = apart(kernel.held)[:, 0, :1] * unexplained.squeeze(-1)
-    numerator = ReadRows.apply(kernel.inside, w, W, S, v, A) + (onto @ A) * (q @ C.mT) + read
+    numerator = ReadFlat.apply(kernel.inside, w, W, S, v, A) + (onto @ A) * (q @ C.mT) + read
     numerator = numerator + F.pad(first[:, None, None], (0, 0, 0, L - 1, 0, c - 1)).flatten(0, 1)
     h = normalized_read(numerator, (W * S).sum(-1) + carried * (q * n).sum(-1), step, theta)
     end = MixedState(joined(C_end), joined(n_end.squeeze(1)), scales.boundary[..., -1], joined(X_end), state.Cm)
     return h.view(B, H, c, L, d), end
 
-# %% ../nbs/05_mixing.ipynb #d3bdefd9
+# %% ../nbs/05_mixing.ipynb #0f46a98b
 XLA_CHUNK = 128  # the width of a tile; chosen by the compiler's figures in the preflight notebook
 
 
@@ -915,10 +924,10 @@ def mixed_xla(q, k, v, log_i, log_f, mix: Mixing, theta: float = 1.0, state: Opt
     state, log_g = state or initial_mixed(k, v, mix.read.shape[0]), growth(log_f, mix)
     parts = [cut(x, 2, 0, T, L) for x in (q, k, v)]
     gates = cut(log_i, 2, 0, T, L, -torch.inf), cut(log_f, 2, 0, T, L), cut(log_g, 2, 0, T, L)
-    h, state = mixed_rows(*parts, *gates, cut_rows(mix, T, L), theta, state)
+    h, state = mixed_flat(*parts, *gates, cut_flat(mix, T, L), theta, state)
     return h.flatten(2, 3)[:, :, :T].to(dtype), state._replace(Cm=last_mixed(state, mix.regime[:, -1], mix))
 
 
-def cut_rows(mix: Mixing, T: int, L: int) -> Mixing:
+def cut_flat(mix: Mixing, T: int, L: int) -> Mixing:
     "A mixing of T steps in chunks of L."
     return mix._replace(**{name: cut(getattr(mix, name), 1, 0, T, L) for name in ("regime", "log_decay", "inject", "persistence")})
