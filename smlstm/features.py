@@ -271,15 +271,15 @@ def _latest_variance(bars: dict, rows: int) -> np.ndarray:
 # %% ../nbs/11_features.ipynb #a67d5654
 def _latest_moves(bars: dict) -> dict:
     "Returns and volatility of the last bar."
-    close, variance = np.log(bars["close"][-68:]), _latest_variance(bars, 66)
-    change, month = np.diff(close), variance[-22:].mean()
+    close, variance = np.log(bars["close"][-24:]), _latest_variance(bars, 66)
+    change, month = np.diff(close), variance[-22:].sum() / 22
     squared = np.maximum(change**2, VARIANCE_FLOOR)[-22:]
     last = change[-1]
     columns = {"return_1": last, "return_5": close[-1] - close[-6], "return_22": close[-1] - close[-23], "return_lag_1": change[-2], "return_lag_2": change[-3],
                "log_squared_return": np.log(squared[-1]), "downside_22": min(max(squared[change[-22:] < 0].sum() / squared.sum(), 0), 1),
-               "shock": last / np.sqrt(variance[-23:-1].mean()), "variance_ratio": np.log(squared.mean() / month),
+               "shock": last / np.sqrt(variance[-23:-1].sum() / 22), "variance_ratio": np.log(squared.sum() / 22 / month),
                "volatility_of_volatility": np.log(variance[-22:]).std(ddof=1)}
-    columns |= {f"log_variance_{span}": np.log(variance[-span:].mean()) for span in (1, 5, 22, 66)}
+    columns |= {f"log_variance_{span}": np.log(variance[-span:].sum() / span) for span in (1, 5, 22, 66)}
     if "open" in bars: columns["overnight_return"] = np.log(bars["open"][-1]) - close[-2]
     return columns
 

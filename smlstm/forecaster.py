@@ -18,6 +18,7 @@ import math
 import os
 import tempfile
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -533,9 +534,10 @@ def recognized(self: Forecaster, data) -> dict:
         with about(name):
             frame = without_gaps(frame, fitted.max_gap)
             self._check_zone(fitted, frame.index)
-            missing = [column for column in fitted.columns if column not in frame]
-            if missing: raise ValueError(f"it lacks the columns {missing} that it was fitted with (it has {list(frame.columns)})")
-            frame = frame if tuple(frame.columns) == fitted.columns else frame[list(fitted.columns)]
+            columns = tuple(frame)
+            missing = [column for column in fitted.columns if column not in columns]
+            if missing: raise ValueError(f"it lacks the columns {missing} that it was fitted with (it has {list(columns)})")
+            if columns != fitted.columns: frame = frame[list(fitted.columns)]
         frames[name] = frame if fitted.zone is None else frame.tz_convert(fitted.zone)
     return frames
 
@@ -577,10 +579,10 @@ def _filled(column: pd.Series, name: str) -> pd.Series:
 
 # %% ../nbs/18_forecaster.ipynb #ae026722
 @lru_cache(maxsize=4)
-def _sessions(year: int) -> pd.DatetimeIndex:
+def _sessions(year: int) -> list:
     "New York's sessions from this year on, for three years."
     import exchange_calendars  # slow to import, needed here alone
-    return exchange_calendars.get_calendar("XNYS", start=f"{year}-01-01", end=f"{year + 3}-01-01").sessions
+    return exchange_calendars.get_calendar("XNYS", start=f"{year}-01-01", end=f"{year + 3}-01-01").sessions.tolist()
 
 
 def trading_days(index: pd.DatetimeIndex) -> Optional[str]:
@@ -594,7 +596,7 @@ def bars_ahead(last: pd.Timestamp, trades: Optional[str], horizon: int) -> pd.Ti
     if trades is None: return pd.NaT
     if trades == "day": return last + pd.Timedelta(days=horizon)
     sessions = _sessions(last.year)
-    return sessions[sessions.searchsorted(last, "right") + horizon - 1]
+    return sessions[bisect_right(sessions, last) + horizon - 1]
 
 
 def date_ahead(index: pd.DatetimeIndex, horizon: int) -> pd.Timestamp:
@@ -728,7 +730,21 @@ def update(self: Forecaster, new_bars, level=(90,)):
     ahead = {name: self._follow(name, frame) for name, frame in self.recognized(new_bars).items()}
     self.streams |= {name: streams[-1] for name, streams in ahead.items() if streams}
     answers = {name: [_answer(s, self.horizon, level) for s in streams] for name, streams in ahead.items()}
-    return to_long(answers) if is_long(new_bars) or isinstance(new_bars, Mapping) else pd.DataFrame(next(iter(answers.values())))
+    return to_long(answers) if is_long(new_bars) or isinstance(new_bars, Mapping) else _plain(next(iter(answers.values())))
+
+
+def _plain(answers: list) -> pd.DataFrame:
+    "Forecasts as rows; numbers in one block, which is quicker than column by column."
+    dates, names = ("date", "target_date"), tuple(answers[0]) if answers else ()
+    frame = pd.DataFrame(np.array([[math.nan if name in dates else answer[name] for name in names] for answer in answers]), columns=_index(names))
+    for name in dates if answers else ():
+        values = [answer[name] for answer in answers]
+        frame.isetitem(names.index(name), pd.DatetimeIndex(values) if values[0].tz else np.array([value.to_datetime64() for value in values]))
+    return frame
+
+
+@lru_cache(maxsize=16)
+def _index(names: tuple) -> pd.Index: return pd.Index(names)
 
 
 @patch
@@ -736,7 +752,7 @@ def _follow(self: Forecaster, name, frame: pd.DataFrame) -> list:
     "The streams after each of a series' new bars."
     fitted, stream, streams = self.series[name], self.streams[name], []
     for date, values in zip(frame.index, frame.to_numpy(float)):
-        bar = dict(zip(frame.columns, values))
+        bar = dict(zip(fitted.columns, values.tolist()))
         with about(name): _check_bar(fitted, stream.last, date, bar)
         stream = self._next(fitted, stream, date, bar)
         streams.append(stream)
