@@ -721,18 +721,7 @@ def scale_row(scaler: Scaler, features: dict) -> np.ndarray:
     row = (np.array([features[name] for name in scaler.columns]) - scaler.center) / scaler.scale
     return row.clip(-scaler.clip, scaler.clip).astype(np.float32)[None]
 
-# %% ../nbs/18_forecaster.ipynb #193c07d3
-@patch
-def update(self: Forecaster, new_bars, level=(90,)):
-    """Go on with bars that came after the last one, without fitting anew; forecasts from each of them, as `predict` gives them.
-    Raises `SeriesError` for a bar that is not new, leaves a gap, or lacks a number; then nothing has changed."""
-    self.known_as(next(iter(self.series), None))
-    ahead = {name: self._follow(name, frame) for name, frame in self.recognized(new_bars).items()}
-    self.streams |= {name: streams[-1] for name, streams in ahead.items() if streams}
-    answers = {name: [_answer(s, self.horizon, level) for s in streams] for name, streams in ahead.items()}
-    return to_long(answers) if is_long(new_bars) or isinstance(new_bars, Mapping) else _plain(next(iter(answers.values())))
-
-
+# %% ../nbs/18_forecaster.ipynb #1870f3bc
 def _plain(answers: list) -> pd.DataFrame:
     "Forecasts as rows; numbers in one block, which is quicker than column by column."
     dates, names = ("date", "target_date"), tuple(answers[0]) if answers else ()
@@ -745,6 +734,17 @@ def _plain(answers: list) -> pd.DataFrame:
 
 @lru_cache(maxsize=16)
 def _index(names: tuple) -> pd.Index: return pd.Index(names)
+
+# %% ../nbs/18_forecaster.ipynb #193c07d3
+@patch
+def update(self: Forecaster, new_bars, level=(90,)):
+    """Go on with bars that came after the last one, without fitting anew; forecasts from each of them, as `predict` gives them.
+    Raises `SeriesError` for a bar that is not new, leaves a gap, or lacks a number; then nothing has changed."""
+    self.known_as(next(iter(self.series), None))
+    ahead = {name: self._follow(name, frame) for name, frame in self.recognized(new_bars).items()}
+    self.streams |= {name: streams[-1] for name, streams in ahead.items() if streams}
+    answers = {name: [_answer(s, self.horizon, level) for s in streams] for name, streams in ahead.items()}
+    return to_long(answers) if is_long(new_bars) or isinstance(new_bars, Mapping) else _plain(next(iter(answers.values())))
 
 
 @patch

@@ -321,3 +321,24 @@ def test_cross_validation_looks_at_no_later_bar():
     told = [c for c in a if c.startswith("forecast_") or c == "up_probability"]
     assert early.sum() > 300
     pd.testing.assert_frame_equal(a.loc[early, told], b.loc[early, told])
+
+
+@pytest.mark.slow
+def test_one_bar_costs_a_fiftieth_of_reading_twenty_years():
+    "The least processor time of many runs, taken in turns: what a crowded machine adds to small operations is not the code's."
+    import time
+
+    def least(f, runs):
+        times = []
+        for _ in range(runs):
+            began = time.process_time()
+            f()
+            times.append(time.process_time() - began)
+        return min(times)
+
+    frame = load_prices("SPY", source="sample").frame
+    fitted, _ = module.fit_forecaster(build_table(frame), slice(0, 2000), training=TrainConfig(epochs=1), progress=False)     # a model of the usual size
+    fitted.start(frame.iloc[:-241]).update(frame.iloc[[-241]])
+    new = iter([frame.iloc[[row]] for row in range(-240, 0)])
+    one, whole = zip(*[(least(lambda: fitted.update(next(new)), 24), least(lambda: fitted.predict(frame), 2)) for _ in range(10)])
+    assert min(whole) / min(one) > 50, (min(whole), min(one))
