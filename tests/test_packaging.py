@@ -45,7 +45,7 @@ def test_every_import_is_declared():
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imports.add(node.module.split(".")[0])
-    optional = {"torch_xla", "jax", "jaxlib", "libtpu", "lightgbm", "IPython", "ray", "dask", "distributed", "onnx", "onnxruntime"}  # IPython comes with ipykernel; the rest are the extras' and imported where they are
+    optional = {"torch_xla", "jax", "jaxlib", "libtpu", "lightgbm", "mlstm_kernels", "IPython", "ray", "dask", "distributed", "onnx", "onnxruntime"}  # IPython comes with ipykernel; the rest are the extras' and imported where they are
     foreign = imports - set(sys.stdlib_module_names) - optional - {"smlstm"}
     assert {name for name in foreign if not {canonicalize_name(o) for o in owners.get(name, [name])} & set(declared)} == set()
     assert {"torch", "numpy", "pandas"} <= foreign
