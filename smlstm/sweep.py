@@ -7,13 +7,13 @@ __all__ = ['fingerprint', 'in_one_step', 'Place', 'place', 'write_outcome', 'rea
            'attempt', 'failed', 'missing', 'next_round', 'asked', 'workers', 'engine', 'Counted', 'traces', 'rounds',
            'forget', 'fan_out', 'settings_of', 'Run', 'keep_prices', 'fit_and_score', 'sweep', 'tidy', 'plot_sweep']
 
-# %% ../nbs/24_sweep.ipynb #74c869b2
+# %% ../nbs/24_sweep.ipynb #fa77b9b9
 import hashlib
 import json
 import os
 import socket
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
@@ -206,12 +206,13 @@ def settings_of(**chosen) -> dict:
     from smlstm.model import SMLSTMConfig
     defaults = {"model": SMLSTMConfig()} | {group: signature(fit_forecaster).parameters[group].default for group in ("windows", "training")}
     groups = {name: asdict(default) for name, default in defaults.items()}
+    groups["model"]["scales"] = []                                         # with some, an ensemble
     del groups["model"]["n_features"]                                      # the features decide
     for name, value in chosen.items():
         group = next((group for group in groups.values() if name in group), None)
         if group is None: raise ValueError(f"there is no setting {name!r}: {_nearest(name, groups)}")
         group[name] = value
-    for name, default in defaults.items(): type(default)(**groups[name])
+    for name, default in defaults.items(): type(default)(**{field: groups[name][field] for field in asdict(default).keys() & groups[name].keys()})
     return groups
 
 def _nearest(name: str, groups: dict) -> str:
@@ -255,10 +256,10 @@ def fit_and_score(run: Run, folder) -> dict:
     scores = evaluate_fold(forecaster.forecast(table).iloc[fold.test].assign(fold=fold.number))
     return {"rows": scores.rows} | {f"{head}_{name}": value for head in ("price", "direction", "volatility") for name, value in getattr(scores, head).items()}
 
-# %% ../nbs/24_sweep.ipynb #f7640ff3
+# %% ../nbs/24_sweep.ipynb #3deb79d4
 def sweep(
     prices: Mapping,      # ticker to price frame (or `Prices`)
-    configs: Mapping,     # name to settings that differ from the defaults, such as {"wide": {"hidden_size": 64}}
+    configs: Mapping,     # name to settings that differ from the defaults, such as {"wide": {"hidden_size": 64}, "ensemble": {"scales": [1, 5, 21]}}
     folder,               # as for `fan_out`
     n_splits: int = 5,    # folds in time, of each ticker
     horizon: int = 1,     # bars ahead
