@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENT', 'MemoryState', 'initial_memory', 'normalized_read', 'check_inputs', 'finite_log', 'at_least_float32',
            'recurrent', 'random_inputs', 'future', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative',
-           'boundary_scale', 'Carry', 'carry', 'read_chunks', 'cut', 'chunkwise']
+           'boundary_scale', 'Carry', 'carry', 'read_chunks', 'cut', 'joined', 'chunkwise']
 
 # %% ../nbs/02_memory.ipynb #c57c337b
 from typing import NamedTuple, Optional
@@ -34,7 +34,7 @@ def normalized_read(numerator: Tensor, n_q: Tensor, m: Tensor, theta: float) -> 
     "`numerator / max(|n_q|, theta exp(-m))`: numerator [..., d], n_q and m [...], all on the scale `exp(m)`."
     smallest = torch.finfo(numerator.dtype).tiny ** 0.4
     floor = (theta * torch.exp(-m)).clamp(min=smallest)
-    return numerator / torch.maximum(n_q.abs(), floor)[..., None]
+    return numerator * torch.maximum(n_q.abs(), floor).reciprocal()[..., None]
 
 # %% ../nbs/02_memory.ipynb #bad2b85a
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, chunk_size: int = 1) -> None:
@@ -205,11 +205,17 @@ SEGMENT = 32  # chunks that are read in one call
 
 def cut(x: Tensor, dim: int, start: int, stop: int, L: int, value: float = 0.0) -> Tensor:
     "Steps [start, stop) of dimension `dim`, padded with `value` to whole chunks: [..., T, ...] to [..., c, L, ...]."
-    x = x.narrow(dim, start, stop - start)
+    if stop - start < x.shape[dim]: x = x.narrow(dim, start, stop - start)
     short = -(stop - start) % L
     if short:
         x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, short), value=value)
     return x.unflatten(dim, (-1, L))
+
+
+def joined(parts: list[Tensor], T: int) -> Tensor:
+    "Chunks [B, H, c, L, d] of all segments as one sequence of T steps."
+    whole = (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).flatten(2, 3)
+    return whole if whole.shape[2] == T else whole[:, :, :T]
 
 # %% ../nbs/02_memory.ipynb #b1489a0d
 def chunkwise(
@@ -230,5 +236,5 @@ def chunkwise(
         parts = [cut(x, 2, start, stop, L) for x in (q, k, v)]
         gates = cut(log_i, 2, start, stop, L, -torch.inf), cut(log_f, 2, start, stop, L)
         h, state = read_chunks(*parts, *gates, theta, state)
-        outputs.append(h.flatten(2, 3)[:, :, : stop - start])
-    return torch.cat(outputs, 2).to(dtype), state
+        outputs.append(h)
+    return joined(outputs, T).to(dtype), state

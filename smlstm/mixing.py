@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smlstm.memory import (
-    SEGMENT, at_least_float32, carry, check_inputs, cut, decay_matrix, finite_log, future, initial_memory, normalized_read,
+    SEGMENT, at_least_float32, carry, check_inputs, cut, decay_matrix, finite_log, future, initial_memory, joined, normalized_read,
 )
 from .stabilization import faded_exp, stabilize_gates
 
@@ -791,8 +791,8 @@ def mixed_chunkwise(
         gates = cut(log_i, 2, start, stop, L, -torch.inf), *(cut(x, 2, start, stop, L) for x in (log_f, log_g))
         h, state = (mixed_by_hand if hand else mixed_chunks)(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
         state = state._replace(Cm=last_mixed(state, mix.regime[:, stop - 1], mix))
-        outputs.append(h.flatten(2, 3)[:, :, : stop - start])
-    return torch.cat(outputs, 2).to(dtype), state
+        outputs.append(h)
+    return joined(outputs, T).to(dtype), state
 
 # %% ../nbs/05_mixing.ipynb #be20c6ae
 class ReadFlat(torch.autograd.Function):
