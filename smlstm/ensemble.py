@@ -168,9 +168,9 @@ class Weighing(NamedTuple):
 class MetaNetwork(nn.Module):
     "What members say [B, T, 3 M] beside features [B, T, F] to weights, and to a `Forecast`."
 
-    def __init__(self, n_members: int, n_features: int, width: int = 8, n_regimes: int = 4, dropout: float = 0.1):
+    def __init__(self, scales: tuple[int, ...], n_features: int, width: int = 8, n_regimes: int = 4, dropout: float = 0.1):
         super().__init__()
-        self.n_members = n_members
+        self.n_members = n_members = len(scales)
         self.embed = nn.Linear(3 * n_members + n_features, width)
         self.cell = ParallelSMLSTMCell(CellConfig(hidden_size=width, n_heads=1, n_regimes=n_regimes, d_state=0))
         self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
@@ -178,7 +178,9 @@ class MetaNetwork(nn.Module):
         self.portfolios = nn.Parameter(torch.zeros(n_regimes, 3, n_members + 1))
         self.base = nn.Parameter(torch.zeros(3))
         nn.init.normal_(self.regimes.weight)
-        with torch.no_grad(): self.portfolios[..., -1] = -2.0
+        with torch.no_grad():
+            self.portfolios[..., :-1] = -torch.tensor(scales, dtype=torch.float32).log()
+            self.portfolios[..., -1] = -2.0
 
     def weigh(self, z: Tensor, state: Optional[CellState] = None) -> Weighing:
         "Weights from [B, T, 3 M + F], from `state` (None starts empty)."
@@ -214,9 +216,14 @@ class EnsembleConfig:
         return self.members[0].model.n_features
 
     @property
+    def scales(self) -> tuple[int, ...]:
+        "Bars in a block of each member."
+        return tuple(member.scale for member in self.members)
+
+    @property
     def names(self) -> list[str]:
         "A name for each member: its scale, and its place where several have the same."
-        scales = [member.scale for member in self.members]
+        scales = self.scales
         return [f"{s} bar{'s' * (s > 1)}" + f" #{scales[:i].count(s) + 1}" * (scales.count(s) > 1) for i, s in enumerate(scales)]
 
 # %% ../nbs/15_ensemble.ipynb #c541fd64
@@ -236,7 +243,7 @@ class SMLSTMEnsemble(nn.Module):
         self.config, self.order = config, sorted(range(len(shapes)), key=lambda m: shapes.index(shapes[m]))
         groups = [[members[m] for m in group] for _, group in groupby(self.order, key=lambda m: shapes.index(shapes[m]))]
         self.groups = nn.ModuleList(Together(group) if len(group) > 1 else copy.deepcopy(group[0]) for group in groups).requires_grad_(False)
-        self.meta_network = meta or MetaNetwork(len(members), config.n_features, config.width, config.n_regimes, config.dropout)
+        self.meta_network = meta or MetaNetwork(config.scales, config.n_features, config.width, config.n_regimes, config.dropout)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -340,7 +347,7 @@ def start_from_standing(
     said: np.ndarray,  # out of fold [n, M, 3]
     y: np.ndarray,  # targets [n, 3]
     objective: MultiObjectiveLoss,
-    pull: float = 3e-4,  # towards the weights that `meta` has
+    pull: float = 3e-3,  # towards the weights that `meta` has
 ):
     "Give every regime of `meta` the weights that fit best where they do not move."
     said, y = torch.from_numpy(said).mT, torch.from_numpy(y)[None]
@@ -363,7 +370,7 @@ def fit_meta(config: EnsembleConfig, said: np.ndarray, x: np.ndarray, y: np.ndar
              **options) -> tuple[MetaNetwork, History]:
     "A meta network trained on what members said [n, M, 3] about the rows `learn`, and stopped by `valid`, on the CPU."
     torch.manual_seed(training.seed)
-    meta = MetaNetwork(len(config.members), config.n_features, config.width, config.n_regimes, config.dropout)
+    meta = MetaNetwork(config.scales, config.n_features, config.width, config.n_regimes, config.dropout)
     objective, batches = MultiObjectiveLoss(training.pos_weight, training.huber_delta), loaders(np.hstack([said.reshape(len(x), -1), x]), y, learn, valid, training.seed)
     start_from_standing(meta, said[learn], y[learn], objective)
     standing, before = copy.deepcopy(meta.state_dict()), mean_losses(*validation_sums(meta, batches[1], objective, torch.device("cpu")).tolist()).total
