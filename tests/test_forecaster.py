@@ -81,6 +81,13 @@ def dies(forecaster, folder, moment):
     for name in ("unlink", "mkdir"):
         setattr(module.Path, name, mortal(getattr(Path, name)))
     module.os.replace, module.os.fsync = mortal(os.replace), mortal(os.fsync)
+
+    def half(path, content, **options):                          # nothing may be written in place: such a write ends halfway
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2] if isinstance(content, bytes) else content.encode()[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    module.Path.write_bytes = module.Path.write_text = half
     forecaster.save(folder)
 
 
