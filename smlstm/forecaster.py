@@ -85,7 +85,9 @@ def used_columns(prices: pd.DataFrame, exogenous: tuple = ()) -> list:
 
 
 def _checked(columns: pd.DataFrame) -> pd.DataFrame:
-    "The same columns as numbers. `ValueError` names one with a hole and its date."
+    "The same columns as numbers. `ValueError` names one that is text, or has a hole, and where."
+    for name in columns:
+        if not pd.api.types.is_numeric_dtype(columns[name]): raise ValueError(f"{name} holds {columns[name].dtype}, not numbers: encode it, or leave the column out")
     columns = columns.astype(float)
     for name, bad in (~np.isfinite(columns)).items():
         if bad.any(): raise ValueError(f"{name} is {columns[name][bad].iloc[0]} at {bad.idxmax()}: fill it in with what was known then, or leave the column out")
