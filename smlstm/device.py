@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DeviceError', 'xla_hardware', 'pick_device', 'parse_device', 'mark_step', 'synchronize',
-           'keep_compiled', 'to_device', 'read', 'seed_everything', 'get_rng_state', 'set_rng_state', 'autocast',
-           'Replicas', 'replicas', 'all_sum', 'launch', 'split_over_devices', 'split']
+           'keep_compiled', 'to_device', 'read', 'to_host', 'seed_everything', 'get_rng_state', 'set_rng_state',
+           'autocast', 'Replicas', 'replicas', 'all_sum', 'launch', 'split_over_devices', 'split']
 
 # %% ../nbs/13_device.ipynb #db871634
 import math
@@ -43,14 +43,21 @@ def pick_device(
     if name == "xla":
         if xla_hardware() is None:
             raise DeviceError("device 'xla' needs torch_xla and a TPU, or PJRT_DEVICE=CPU to try it without one")
-        import torch_xla
-        return torch_xla.device()
+        return _open_xla()
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "cpu" or (name == "accelerator" and found is None): return torch.device("cpu")
     wanted = found if name == "accelerator" else parse_device(name)
     if found is None or wanted.type != found.type or (wanted.index or 0) >= torch.accelerator.device_count():
         raise DeviceError(f"device {name!r} is not there; this machine has {found or 'no accelerator'}: use 'auto' or 'cpu'")
     return wanted if wanted.index is not None else torch.device(wanted.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _open_xla():
+    "The XLA device; on a TPU, with what is compiled kept on disk."
+    import torch_xla
+    if not hasattr(torch, "xla"): torch._register_device_module("xla", torch_xla)     # where torch.utils.checkpoint looks for it
+    if xla_hardware() == "TPU" and "XLA_PERSISTENT_CACHE_PATH" not in os.environ: keep_compiled()
+    return torch_xla.device()
 
 
 def parse_device(name):
@@ -76,10 +83,12 @@ def synchronize(device: torch.device):
 # %% ../nbs/13_device.ipynb #7c2fdc0d
 def keep_compiled(
     folder=None,  # where; None for the user's cache folder
-):
-    "Keep what XLA compiles on disk, for later processes. Call it before the first tensor; XLA's CPU device does not support it."
+) -> bool:  # False where it is too late, because something was compiled before
+    "Keep what XLA compiles on disk, for later processes."
     import torch_xla.runtime as xr
-    xr.initialize_cache(str(folder or user_cache_path("smlstm") / "xla"))
+    try: xr.initialize_cache(str(folder or user_cache_path("smlstm") / "xla"))
+    except AssertionError: return False
+    return True
 
 # %% ../nbs/13_device.ipynb #ca8d8481
 def to_device(batch, device: torch.device):
@@ -90,6 +99,15 @@ def to_device(batch, device: torch.device):
 def read(values: torch.Tensor) -> list:
     "Numbers of a device tensor on the host. Waits for the device: call it once per epoch, not per step."
     return values.detach().cpu().tolist()
+
+
+def to_host(tensors: dict) -> dict:
+    "The same tensors on the host; from XLA all in one transfer, with nothing to compile."
+    lazy = {name: tensor.detach() for name, tensor in tensors.items() if tensor.device.type == "xla"}
+    if lazy:
+        import torch_xla
+        tensors = {**tensors, **dict(zip(lazy, torch_xla._XLAC._xla_get_cpu_tensors(list(lazy.values()))))}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 # %% ../nbs/13_device.ipynb #96d2dcc5
 def seed_everything(seed: int, device: torch.device):

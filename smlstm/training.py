@@ -7,28 +7,30 @@ __all__ = ['LIMIT', 'FORMAT', 'OWN', 'TrainConfig', 'lr_schedule', 'EarlyStoppin
            'initial_state', 'learn', 'clipped', 'adamw', 'decay_vector', 'update', 'Epoch', 'History',
            'history_to_dict', 'history_from_dict', 'validation_sums', 'mean_losses', 'Run', 'start_run', 'train_epoch',
            'learning_rate', 'NonFiniteError', 'finish_epoch', 'CheckpointError', 'write_atomically', 'save_checkpoint',
-           'load_checkpoint', 'fingerprint', 'check_same_run', 'every_replica', 'save_run', 'restore_run', 'save_epoch',
-           'keep_best', 'fit']
+           'load_checkpoint', 'contents', 'fingerprint', 'check_same_run', 'every_replica', 'save_run', 'restore_run',
+           'save_epoch', 'keep_best', 'alone_in', 'fit', 'open_folder', 'described']
 
 # %% ../nbs/14_training.ipynb #60f7757d
+import errno
 import hashlib
 import json
 import math
 import os
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from .device import all_sum, autocast, get_rng_state, mark_step, pick_device, read, replicas, seed_everything, set_rng_state, split, to_device
+from .device import all_sum, autocast, get_rng_state, mark_step, pick_device, read, replicas, seed_everything, set_rng_state, split, to_device, to_host
 from .losses import CurriculumWeights, Losses, MultiObjectiveLoss, curriculum_weights
 
 # %% ../nbs/14_training.ipynb #27c09c52
@@ -277,6 +279,7 @@ class Run:
     batch: int = 0  # within the epoch
     seconds: float = 0.0  # spent on the epoch before it was interrupted
     rng: dict = None  # generator states to put back before the next batch
+    identity: dict = None  # see `fingerprint`
 
 # %% ../nbs/14_training.ipynb #031ac494
 def start_run(model: nn.Module, train, valid, config: TrainConfig, device: torch.device) -> Run:
@@ -364,6 +367,8 @@ def write_atomically(path: Path, content: bytes):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}: make room or choose another folder. What was there before is untouched and can be resumed", str(path)) from error
     finally: beside.unlink(missing_ok=True)
 
 # %% ../nbs/14_training.ipynb #a10c462d
@@ -373,7 +378,7 @@ def save_checkpoint(
     facts: dict,  # JSON-able
 ):
     "Write one safetensors file, atomically, with `facts` and a checksum in its header."
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in to_host(tensors).items()}     # parts of one vector, or tied
     text = json.dumps(facts, allow_nan=False)
     write_atomically(Path(path), save(tensors, {"format": FORMAT, "facts": text, "sha256": _digest(tensors, text)}))
 
@@ -383,57 +388,67 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:  # tensors and facts
     try:
         with safe_open(path, framework="pt") as file:
             header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error: raise CheckpointError(f"{path} is damaged or no checkpoint ({error}): delete it to start over") from error
+    except FileNotFoundError: raise
+    except (SafetensorError, OSError) as error: raise CheckpointError(f"{path} is damaged or no checkpoint ({error}): delete it to start over") from error
     if header.get("format") != FORMAT: raise CheckpointError(f"{path} is not a checkpoint of this library's training")
     if header.get("sha256") != _digest(tensors, header.get("facts", "")):
         raise CheckpointError(f"{path} is damaged (its checksum does not fit): delete it to start over")
     return tensors, json.loads(header["facts"])
 
 # %% ../nbs/14_training.ipynb #aae0174f
+def contents(loader) -> str:
+    "Start of a SHA-256 of what decides a loader's batches: tensors and plain values of its dataset, and the loader's order."
+    order = {f"loader.{name}": getattr(loader, name, None) for name in ("batch_size", "shuffle", "drop_last", "seed")}
+    held = {**order, **getattr(getattr(loader, "dataset", None), "__dict__", {})}
+    tensors = {name: value.cpu().contiguous() for name, value in held.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in held.items() if isinstance(value, (bool, int, float, str))}
+    return _digest(tensors, json.dumps(plain, sort_keys=True))[:16]
+
+
 def fingerprint(run: Run) -> dict:
     "What must be the same for a run to be continued, flat and JSON-able."
     settings = {name: value for name, value in asdict(run.config).items() if name != "checkpoint_every"}
-    shapes = {name: list(p.shape) for name, p in run.model.named_parameters()}
-    batch = next(_batches(run.valid))
+    shapes = {f"parameter {name}": f"{list(p.shape)} {p.dtype}" for name, p in run.model.named_parameters()}
     return {**settings, "device": run.device.type, "replicas": replicas(run.device).world, "model": repr(getattr(run.model, "config", "")),
-            "parameters": shapes, "train_batches": len(run.train), "valid_batches": len(run.valid),
-            "first validation batch": _digest({name: t.cpu().contiguous() for name, t in batch._asdict().items()}, "")}
+            "train_batches": len(run.train), "valid_batches": len(run.valid), **shapes,
+            "checksum of the training data": contents(run.train), "checksum of the validation data": contents(run.valid)}
 
 
 def check_same_run(path: Path, theirs: dict, ours: dict):
     "Raise `CheckpointError` naming what differs."
     different = [f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if different: raise CheckpointError(f"{path} belongs to another run: {'; '.join(different)}. Use resume=False or another checkpoint_dir")
+    more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+    if different: raise CheckpointError(f"{path} belongs to another run: {'; '.join(different[:5])}{more}. Use resume=False or another checkpoint_dir")
 
 # %% ../nbs/14_training.ipynb #354bf454
-OWN = ("gradient", "counts", "sums", "faults")  # the fields of `TrainState` in which replicas differ
+OWN = ("state.gradient", "state.counts", "state.sums", "state.faults", "rng.")  # what replicas do not share
 
 
 def every_replica(tensors: dict, device: torch.device) -> dict:
-    "Each tensor of all replicas, with the replica as first axis."
-    rank, world = replicas(device)
+    "The tensors on the host, those called `OWN` of all replicas, with the replica as first axis."
+    (rank, world), own = replicas(device), [name for name in tensors if name.startswith(OWN)]
     def row(tensor): return torch.stack([tensor if i == rank else torch.zeros_like(tensor) for i in range(world)])
-    return {name: all_sum(row(tensor.to(device))) for name, tensor in tensors.items()}
+    if world > 1: return to_host({**tensors, **{name: all_sum(row(tensors[name].to(device))) for name in own}})
+    tensors = to_host(tensors)
+    return {**tensors, **{name: tensors[name][None] for name in own}}
 
 # %% ../nbs/14_training.ipynb #be717268
 def save_run(run: Run, path: Path, done: bool = False):
     "Write all that exact continuation needs."
-    state = run.state._asdict()
-    own = every_replica({**{f"state.{name}": state.pop(name) for name in OWN},
-                         **{f"rng.{name}": value for name, value in get_rng_state(run.device).items()}}, run.device)
-    tensors = {**{f"state.{name}": value for name, value in state.items()}, "best": run.best.clone(), **own}
+    tensors = every_replica({**{f"state.{name}": value for name, value in run.state._asdict().items()}, "best": run.best,
+                             **{f"rng.{name}": value for name, value in get_rng_state(run.device).items()}}, run.device)
     if replicas(run.device).rank == 0: save_checkpoint(path, tensors, {
-        "run": fingerprint(run), "epoch": run.epoch, "batch": run.batch, "seconds": run.seconds, "done": done,
+        "run": run.identity, "epoch": run.epoch, "batch": run.batch, "seconds": run.seconds, "done": done,
         "best": _plain(run.stopper.best), "best_epoch": run.stopper.best_epoch, "waiting": run.stopper.waiting, "history": run.history.to_dict()})
 
 
 def restore_run(run: Run, path: Path) -> bool:
     "Put a run to where the checkpoint left it; True where it was done."
     tensors, facts = load_checkpoint(path)
-    check_same_run(path, facts["run"], fingerprint(run))
-    rank = replicas(run.device).rank
+    if "run" not in facts: raise CheckpointError(f"{path} holds weights alone, no run to continue: use the latest.safetensors written beside it")
+    check_same_run(path, facts["run"], run.identity)
     for name in tensors:
-        if name.startswith("rng.") or name.removeprefix("state.") in OWN: tensors[name] = tensors[name][rank]
+        if name.startswith(OWN): tensors[name] = tensors[name][replicas(run.device).rank]
     run.state = to_device(TrainState(*(tensors[f"state.{name}"] for name in TrainState._fields)), run.device)
     run.best = tensors["best"].to(run.device)
     write_weights(run.params, run.state.weights)
@@ -448,8 +463,7 @@ def save_epoch(run: Run, folder: Path, done: bool):
     "Write the best weights, where they are new, the log, and the checkpoint."
     first = replicas(run.device).rank == 0
     if first and run.history.best_epoch == run.history.epochs[-1].epoch:
-        weights = {name: tensor for name, tensor in run.model.state_dict().items()}
-        save_checkpoint(folder/"best.safetensors", weights, {"epoch": run.history.best_epoch, "valid": _plain(run.history.epochs[-1].valid)})
+        save_checkpoint(folder/"best.safetensors", run.model.state_dict(), {"epoch": run.history.best_epoch, "valid": _plain(run.history.epochs[-1].valid)})
     if first: write_atomically(folder/"log.csv", run.history.to_frame().to_csv(index=False).encode())
     save_run(run, folder/"latest.safetensors", done)
 
@@ -461,9 +475,22 @@ def keep_best(run: Run) -> History:
     run.model.eval()
     return run.history
 
+# %% ../nbs/14_training.ipynb #2565f34b
+@contextmanager
+def alone_in(folder: Path):
+    "Make the folder and keep other runs out of it. Raises `CheckpointError` where another one is there."
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder/".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout as error: raise CheckpointError(f"another run is writing to {folder}: wait for it, or use another checkpoint_dir") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK): raise     # some network drives know no locks
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/14_training.ipynb #f12d3823
 def fit(
-    model: nn.Module,  # called with x [B, T, F], returns a forecast and a state
+    model: nn.Module,  # called with x [B, T, F], returns a forecast and a state; its parameters are trained, buffers must not change
     train,  # loader of `Batch(x, y, mask)`
     valid,  # loader of `Batch(x, y, mask)`
     config: TrainConfig,
@@ -475,15 +502,27 @@ def fit(
     "Train `model` in place; afterwards it is on the device, in evaluation mode, with the weights of its best epoch."
     run = start_run(model, train, valid, config, pick_device(device))
     first, folder = replicas(run.device).rank == 0, None if checkpoint_dir is None else Path(checkpoint_dir)
-    if folder: folder.mkdir(parents=True, exist_ok=True)
-    save_point = (lambda run: save_run(run, folder/"latest.safetensors")) if folder else None
-    done = resume and folder is not None and (folder/"latest.safetensors").exists() and restore_run(run, folder/"latest.safetensors")
-    with tqdm(total=config.epochs * len(train), initial=run.epoch * len(train) + run.batch, unit="batch", disable=not (progress and first)) as bar:
-        while not done:
-            began = time.perf_counter() - run.seconds
-            bar.set_description(f"epoch {run.epoch + 1}/{config.epochs}")
-            train_epoch(run, bar, save_point)
-            done = finish_epoch(run, began)
-            bar.set_postfix(train=f"{run.history.epochs[-1].train.total:.4f}", valid=f"{run.history.epochs[-1].valid.total:.4f}")
-            if folder: save_epoch(run, folder, done)
+    with alone_in(folder) if folder and first else nullcontext():
+        save_point = (lambda run: save_run(run, folder/"latest.safetensors")) if folder else None
+        done = folder is not None and open_folder(run, folder, resume)
+        with tqdm(total=config.epochs * len(train), initial=run.epoch * len(train) + run.batch, unit="batch", disable=not (progress and first)) as bar:
+            while not done:
+                began = time.perf_counter() - run.seconds
+                bar.set_description(f"epoch {run.epoch + 1}/{config.epochs}")
+                train_epoch(run, bar, save_point)
+                done = finish_epoch(run, began)
+                bar.set_postfix(described(run.history))
+                if folder: save_epoch(run, folder, done)
     return keep_best(run)
+
+
+def open_folder(run: Run, folder: Path, resume: bool) -> bool:
+    "Find out who the run is and, to resume, where it was; True where it was done."
+    run.identity, latest = fingerprint(run), folder/"latest.safetensors"
+    return resume and latest.exists() and restore_run(run, latest)
+
+
+def described(history: History) -> dict:
+    "The last epoch's losses, and the batches skipped so far where there were any, for a progress bar."
+    last = history.epochs[-1]
+    return {"train": f"{last.train.total:.4f}", "valid": f"{last.valid.total:.4f}", **({"skipped": history.skipped} if history.skipped else {})}

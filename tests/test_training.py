@@ -1,5 +1,6 @@
 """Training under adversity: kills, damaged files, several processes, batches that are not finite."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import random
 import signal
 import time
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings as examples, strategies as st
@@ -16,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import smlstm.training as training
 from smlstm.device import launch
-from smlstm.training import CheckpointError, NonFiniteError, TrainConfig, load_checkpoint, save_checkpoint
+from smlstm.sequences import create_tpu_dataloader
+from smlstm.training import CheckpointError, NonFiniteError, TrainConfig, fit, load_checkpoint, save_checkpoint
 
-from training_kit import SmallForecaster, loaders, losses, settings, train, train_shared, train_to_file
+from training_kit import SmallForecaster, count_saves, loaders, losses, settings, train, train_shared
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +37,16 @@ def one_thread():
 def forkserver():
     """Processes that start with everything imported: a kill costs milliseconds, not an import of torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_kit"])
+    context.set_forkserver_preload(["smlstm.sequences", "smlstm.training"])     # not the kit: Python 3.11 does not look in its folder
     return context
 
 
-def run_killed_at(context, delay, arguments):
-    """Start a training process and kill it after `delay` seconds; True where it had not ended by itself."""
-    process = context.Process(target=train_to_file, args=arguments)
+def run_killed_at(context, saves, delay, arguments):
+    """Start a training process and kill it `delay` seconds after it began its `saves`-th checkpoint; True where it had not ended by itself."""
+    count = context.RawValue("i", 0)
+    process = context.Process(target=count_saves, args=(count, *arguments))
     process.start()
+    while process.is_alive() and (saves is None or count.value < saves): process.join(0.001)
     process.join(delay)
     alive = process.is_alive()
     if alive:
@@ -53,21 +58,22 @@ def run_killed_at(context, delay, arguments):
 
 
 def kill_until(folder, kills, seed):
-    """Kill runs at random moments, resume them each time, `kills` times in all; every finished run equals the uninterrupted one."""
+    """Kill runs at random moments, resume them each time, `kills` times in all; every finished run equals the uninterrupted one.
+
+    A moment is a random checkpoint and a random time after its beginning: while it is written, in the batch after it, or later."""
     context, draw = forkserver(), random.Random(seed)
     config = settings(epochs=4, checkpoint_every=1)
-    began = time.perf_counter()
-    assert not run_killed_at(context, None, (folder / "whole.pt", folder / "whole", False, config))
-    duration, whole = time.perf_counter() - began, torch.load(folder / "whole.pt")
-    killed, places, finished = 0, set(), 0
+    assert not run_killed_at(context, None, None, (folder / "whole.pt", folder / "whole", False, config))
+    whole, saves = torch.load(folder / "whole.pt"), 4 * len(loaders()[0])
+    killed, places, finished = 0, [], 0
     while killed < kills or not finished:
         run = folder / f"run{finished}"
-        delay = draw.uniform(0, duration * 1.2) if killed < kills else None
-        if run_killed_at(context, delay, (folder / "again.pt", run, True, config)):
+        at, delay = (draw.randrange(saves), draw.choice([0.002, 0.02, 0.2]) * draw.random()) if killed < kills else (None, None)
+        if run_killed_at(context, at, delay, (folder / "again.pt", run, True, config)):
             killed += 1
             if (run / "latest.safetensors").exists():
                 facts = load_checkpoint(run / "latest.safetensors")[1]
-                places.add((facts["epoch"], facts["batch"]))
+                places.append((facts["epoch"], facts["batch"]))
         else:
             again = torch.load(folder / "again.pt")
             assert torch.equal(again["weights"], whole["weights"])
@@ -78,13 +84,13 @@ def kill_until(folder, kills, seed):
 
 
 def test_killed_three_times_ends_with_the_same_bits(tmp_path):
-    kill_until(tmp_path, kills=3, seed=0)
+    assert kill_until(tmp_path, kills=3, seed=0)
 
 
 @pytest.mark.slow
 def test_killed_fifty_times_ends_with_the_same_bits(tmp_path):
     places = kill_until(tmp_path, kills=50, seed=1)
-    assert len(places) > 10 and any(batch for _, batch in places), places
+    assert len(set(places)) > 10 and sum(batch > 0 for _, batch in places) > 20, places
 
 
 @pytest.mark.parametrize("at", [1, 3, 7, 8, 11])
@@ -93,8 +99,8 @@ def test_stopped_after_any_save_ends_with_the_same_bits(tmp_path, monkeypatch, a
     history, whole = train(config=settings(checkpoint_every=2))
     saves, save_run = [], training.save_run
 
-    def failing(run, path, done=False):
-        save_run(run, path, done)
+    def failing(run, path, *args):
+        save_run(run, path, *args)
         saves.append(path)
         if len(saves) == at: raise KeyboardInterrupt
 
@@ -128,6 +134,14 @@ def test_early_stopping_survives_an_interruption(tmp_path):
 
 # ---- files
 
+def revised(name, row):
+    """The usual loaders, with one number of the training data changed."""
+    train_loader, valid = loaders()
+    if name == "starts": train_loader.dataset.starts[row] += 1
+    else: getattr(train_loader.dataset, name)[row, 0] += 1e-6
+    return train_loader, valid
+
+
 def test_files_hold_the_best_weights_and_the_log(tmp_path):
     history, weights = train(tmp_path)
     best, facts = load_checkpoint(tmp_path / "best.safetensors")
@@ -136,7 +150,7 @@ def test_files_hold_the_best_weights_and_the_log(tmp_path):
     model.load_state_dict(best)
     assert torch.equal(training.flatten(model.parameters()), weights)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == len(history.epochs) + 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "latest.safetensors", "log.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "best.safetensors", "latest.safetensors", "log.csv"]
     assert json.loads(json.dumps(history.to_dict(), allow_nan=False))["best_epoch"] == history.best_epoch
 
 
@@ -181,7 +195,14 @@ def test_foreign_files_are_refused(tmp_path):
     ({"config": settings(learning_rate=0.5)}, "learning_rate is 0.01 there and 0.5 here"),
     ({"config": settings(seed=1)}, "seed is 0 there and 1 here"),
     ({"model": SmallForecaster(hidden_size=6)}, "hidden_size"),
-    ({"data": lambda: loaders(rows=280)}, "batches|first validation batch"),
+    ({"model": SmallForecaster().double()}, r"lstm.weight_ih_l0 is \[32, 4\] torch.float32 there and \[32, 4\] torch.float64 here"),
+    ({"data": lambda: loaders(rows=280)}, "train_batches is 15 there and 13 here|checksum"),
+    ({"data": lambda: revised("data", 0)}, "checksum of the training data"),
+    ({"data": lambda: revised("data", -1)}, "checksum of the training data"),
+    ({"data": lambda: revised("targets", 100)}, "checksum of the training data"),
+    ({"data": lambda: revised("starts", 3)}, "checksum of the training data"),
+    ({"data": lambda: loaders(seq_length=11)}, "checksum of the validation data"),
+    ({"data": lambda: (create_tpu_dataloader(loaders()[0].dataset, 16, seed=1), loaders()[1])}, "checksum of the training data"),
 ])
 def test_another_runs_checkpoint_is_refused(tmp_path, other, named):
     train(tmp_path, config=settings())
@@ -190,14 +211,85 @@ def test_another_runs_checkpoint_is_refused(tmp_path, other, named):
     assert (tmp_path / "latest.safetensors").read_bytes() == before
 
 
+def test_what_differs_is_named_briefly(tmp_path):
+    train(tmp_path, config=settings(epochs=1))
+    with pytest.raises(CheckpointError, match="; and [0-9]+ more") as error:
+        train(tmp_path, resume=True, config=settings(epochs=3, seed=1, accumulate=3, clip=2.0), model=SmallForecaster(hidden_size=6))
+    assert len(str(error.value)) < 700
+
+
+def test_weights_alone_are_no_run_to_continue(tmp_path):
+    train(tmp_path)
+    (tmp_path / "best.safetensors").rename(tmp_path / "latest.safetensors")
+    with pytest.raises(CheckpointError, match="holds weights alone"): train(tmp_path, resume=True)
+
+
+def test_a_folder_under_the_name_is_refused(tmp_path):
+    (tmp_path / "latest.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint"): train(tmp_path, resume=True)
+
+
+def test_a_run_keeps_others_out_of_its_folder(tmp_path, monkeypatch):
+    def second(*_):
+        with pytest.raises(CheckpointError, match="another run is writing to .*another checkpoint_dir"): train(tmp_path)
+        raise KeyboardInterrupt
+
+    whole = train()[1]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "finish_epoch", second)
+        train(tmp_path)
+    assert torch.equal(train(tmp_path, resume=True)[1], whole)             # an ended run lets go of it
+
+
+def test_a_killed_run_lets_go_of_its_folder(tmp_path):
+    context = forkserver()
+    assert run_killed_at(context, 2, 0.0, (tmp_path / "never.pt", tmp_path, False, settings(epochs=50, patience=50, checkpoint_every=1)))
+    train(tmp_path)
+
+
+def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path):
+    """The system itself refuses the write, in the middle of a file, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    history, whole = train(config=settings(checkpoint_every=3))
+    with pytest.raises(KeyboardInterrupt): train(tmp_path, config=settings(checkpoint_every=3), data=lambda: interrupted(20))
+    size, limits = (tmp_path / "latest.safetensors").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="make room .*latest.safetensors"): train(tmp_path, resume=True, config=settings(checkpoint_every=3))
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*.tmp"))
+    again, weights = train(tmp_path, resume=True, config=settings(checkpoint_every=3))
+    assert torch.equal(weights, whole) and losses(again) == losses(history)
+
+
+def interrupted(at):
+    """The usual loaders, interrupted before the `at`-th batch of the run."""
+    train_loader, valid = loaders()
+
+    class Interrupted(Poisoned):
+        def __iter__(self):
+            for batch in self.loader:
+                if self.count in self.places: raise KeyboardInterrupt
+                self.count += 1
+                yield batch
+
+    return Interrupted(train_loader, (at,)), valid
+
+
+def test_tied_weights_can_be_saved(tmp_path):
+    save_checkpoint(tmp_path / "tied", {"a": (shared := torch.arange(6.0)), "b": shared, "c": shared[2:4], "d": torch.arange(6.0).view(2, 3).T}, {})
+    tensors, _ = load_checkpoint(tmp_path / "tied")
+    assert torch.equal(tensors["a"], tensors["b"]) and tensors["c"].tolist() == [2, 3] and tensors["d"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "latest.safetensors"
     save_checkpoint(path, {"a": torch.ones(2)}, {"n": 1})
 
-    def full(*_): raise OSError("no space left")
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError): save_checkpoint(path, {"a": torch.zeros(2)}, {"n": 2})
+    with pytest.raises(OSError, match="No space left on device: make room or choose another folder.*latest.safetensors"): save_checkpoint(path, {"a": torch.zeros(2)}, {"n": 2})
     assert load_checkpoint(path)[1] == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["latest.safetensors"]
 
 
@@ -212,7 +304,7 @@ class Poisoned:
 
     def __init__(self, loader, places, value=math.nan): self.loader, self.places, self.value, self.count = loader, places, value, 0
     def __len__(self): return len(self.loader)
-    def set_epoch(self, epoch): self.loader.set_epoch(epoch)
+    def __getattr__(self, name): return getattr(self.loader, name)
 
     def __iter__(self):
         for batch in self.loader:
@@ -223,6 +315,14 @@ class Poisoned:
 def poisoned(*places, value=math.nan):
     train_loader, valid = loaders()
     return lambda: (Poisoned(train_loader, places, value), valid)
+
+
+def test_a_skipped_batch_is_reported(tmp_path, capfd):
+    train_loader, valid = poisoned(4)()
+    fit(SmallForecaster(), train_loader, valid, settings(), device="cpu", checkpoint_dir=tmp_path)
+    assert "skipped=1" in capfd.readouterr().err
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log.skipped.tolist() == [1, 0, 0, 0]
 
 
 def test_one_bad_batch_is_left_out_exactly():
