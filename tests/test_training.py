@@ -15,10 +15,13 @@ import torch
 from hypothesis import given, settings as examples, strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 
 import smlstm.training as training
 from smlstm.device import launch
-from smlstm.sequences import create_tpu_dataloader
+from smlstm.losses import CurriculumWeights, MultiObjectiveLoss
+from smlstm.model import SMLSTM, SMLSTMConfig
+from smlstm.sequences import create_sequences, create_tpu_dataloader
 from smlstm.training import CheckpointError, NonFiniteError, TrainConfig, fit, load_checkpoint, save_checkpoint
 
 from training_kit import SmallForecaster, count_saves, loaders, losses, settings, train, train_shared
@@ -400,6 +403,43 @@ def test_the_host_reads_once_per_epoch(monkeypatch):
     assert len(calls) == 4
 
 
+# ---- its cost
+
+@pytest.mark.slow
+def test_the_loop_costs_less_than_five_percent():
+    """CPU time of an epoch by the loop, and of bare forward, backward and step over batches that lie ready, with a model of the usual size."""
+    generator, schedule = torch.Generator().manual_seed(0), TrainConfig(accumulate=1)
+    x, y = torch.randn(1200, 25, generator=generator).numpy(), torch.rand(1200, 3, generator=generator).numpy()
+    loader = create_tpu_dataloader(create_sequences(x, y, 128, stride=16), 16)
+
+    def model():
+        torch.manual_seed(0)
+        return SMLSTM(SMLSTMConfig(n_features=25))
+
+    run, batches, plain, objective = training.start_run(model(), loader, loader, schedule, torch.device("cpu")), list(loader), model(), MultiObjectiveLoss()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+
+    def bare():
+        for batch in batches:
+            optimizer.zero_grad()
+            objective(plain(batch.x)[0], batch.y, CurriculumWeights(), batch.mask).total.backward()
+            optimizer.step()
+
+    def loop():
+        run.batch = 0
+        with tqdm(total=len(loader)) as bar: training.train_epoch(run, bar)
+
+    def seconds(work):
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    times = [(seconds(bare), seconds(loop)) for _ in range(12)]
+    fastest = [min(column) for column in zip(*times)]
+    print(f"bare {1000 * fastest[0] / len(loader):.1f} ms a batch, the loop {fastest[1] / fastest[0] - 1:+.1%}")
+    assert fastest[1] < 1.05 * fastest[0]
+
+
 # ---- several processes
 
 @pytest.fixture(scope="module")
@@ -469,7 +509,6 @@ def test_accumulation_equals_one_large_batch():
 
 def plain(batch_size):
     """Loaders without shuffling and noise, the same rows in the same order whatever the batch size."""
-    from smlstm.sequences import create_sequences, create_tpu_dataloader
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(200, 4, generator=generator).numpy(), torch.rand(200, 3, generator=generator).numpy()
     dataset = create_sequences(x, y, 12, augment=False)

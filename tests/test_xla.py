@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,11 +20,13 @@ import torch_xla.debug.metrics as metrics
 import smlstm.training as training
 from smlstm.device import get_rng_state, pick_device, read, seed_everything, set_rng_state, to_device
 from smlstm.losses import CurriculumWeights
-from smlstm.memory import chunkwise, recurrent
+from smlstm.memory import chunkwise, random_inputs, recurrent
+from smlstm.mixing import mixed_chunkwise, mixed_recurrent, random_mixing
 from smlstm.model import SMLSTM, SMLSTMConfig
 from smlstm.training import learn, load_checkpoint, start_run, update, write_weights
 
 from training_kit import Outputs, loaders, losses, settings, train
+from test_train import run as main_flow
 from test_training import poisoned
 
 
@@ -74,6 +78,21 @@ def test_it_learns(counted):
     assert min(totals) < 0.9 * totals[0]
 
 
+def test_checkpoints_compile_nothing_and_cost_a_read_a_file(tmp_path, monkeypatch):
+    """In each epoch one read decides; the best weights and the checkpoint are one transfer each."""
+    before, after, save_epoch = (compiles(), reads()), [], training.save_epoch
+
+    def counting(run, *args):
+        save_epoch(run, *args)
+        after.append((compiles() - before[0], reads() - before[1]))
+
+    monkeypatch.setattr(training, "save_epoch", counting)
+    history, _ = train(tmp_path, config=settings(epochs=3), device="xla", model=smlstm())
+    better = [epoch.valid.total < min([e.valid.total for e in history.epochs[:epoch.epoch]], default=float("inf")) - 1e-4 for epoch in history.epochs]
+    assert [c for c, _ in after] == [0, 0, 0]
+    assert [r for _, r in after] == [sum(2 + b for b in better[:n]) for n in (1, 2, 3)]
+
+
 def test_other_batches_compile_nothing(counted):
     """A second run of the same shapes, other weights and learning rate: only what is known already."""
     before = compiles()
@@ -100,7 +119,7 @@ class Pointwise(torch.nn.Module):
 
 
 def programs(model):
-    """The programs of learning from a batch and of an update."""
+    """The programs of learning from a batch, of an update and of validation."""
     device = pick_device("xla")
     train_loader, valid = loaders()
     run = start_run(model, train_loader, valid, settings(), device)
@@ -111,15 +130,28 @@ def programs(model):
     torch_xla.sync()
     updated = update(learned, schedule[0], run.decay, 1.0)
     write_weights(run.params, updated.weights)
-    return first, torch_xla._XLAC._get_xla_tensors_hlo([*updated, *(p.data for p in run.params)])
+    second = torch_xla._XLAC._get_xla_tensors_hlo([*updated, *(p.data for p in run.params)])
+    torch_xla.sync()
+    with torch.no_grad(): judged = run.objective(model.eval()(batch.x)[0], batch.y, CurriculumWeights(), batch.mask)
+    return first, second, torch_xla._XLAC._get_xla_tensors_hlo(list(judged))
 
 
 def test_the_loop_and_the_losses_use_no_64_bit_arrays():
     for program in programs(Pointwise()): assert not wide(program), wide(program)[:5]
 
 
-def test_the_model_uses_no_64_bit_arrays():
-    for program in programs(smlstm()): assert not wide(program), wide(program)[:5]
+KINDS = [{}, {"checkpoint_above": 8}, {"left": "full", "right": "full"}, {"processor": "mlp"}, {"ssm_method": "bilinear", "input_gate": "sigmoid"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_model_uses_no_64_bit_arrays(kind):
+    for program in programs(smlstm(chunk_size=4, **kind)): assert not wide(program), wide(program)[:5]
+
+
+def test_a_64_bit_array_would_be_seen():
+    x = torch.ones(3, device=pick_device("xla"), requires_grad=True)
+    gradient, = torch.autograd.grad(x.clamp(min=0.5).sum(), x)
+    assert wide(torch_xla._XLAC._get_xla_tensors_hlo([gradient]))
 
 
 # ---- the same numbers as elsewhere
@@ -137,6 +169,39 @@ def test_the_memory_is_exact_there_too():
     wanted, _ = recurrent(q, k, v, log_i, log_f)
     found, _ = chunkwise(*(t.to(pick_device("xla")) for t in (q, k, v, log_i, log_f)), chunk_size=8)
     assert torch.allclose(found.cpu(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [dict(left="diagonal"), dict(left="full", right="full"), dict(left=None, width=3)], ids=str)
+def test_the_mixed_memory_is_exact_there_too(kind):
+    """Outputs and gradients of the chunkwise form on XLA, and those of its definition, step by step on the CPU."""
+    inputs, mix = random_inputs(2, 2, 19, 4, dtype=torch.float32), random_mixing(2, 2, 19, 4, dtype=torch.float32, **kind)
+
+    def outcome(form, device, **options):
+        def moved(part): return part.to(device) if torch.is_tensor(part) else part and type(part)(*map(moved, part))
+        there = [t.clone().to(device).requires_grad_() for t in inputs]
+        h, state = form(*there, moved(mix), **options)
+        return [t.cpu() for t in (h, *state, *torch.autograd.grad(h.square().sum(), there))]
+
+    wanted, found = outcome(mixed_recurrent, "cpu"), outcome(mixed_chunkwise, pick_device("xla"), chunk_size=8)
+    for one, other in zip(wanted, found): assert (one - other).abs().max() < 1e-4 * one.abs().max(), ((one - other).abs().max(), one.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_cell_reads_a_sequence_as_it_reads_a_stream(kind):
+    cell, x, device = smlstm(chunk_size=8, **kind).cells[0], torch.randn(2, 19, 8), pick_device("xla")
+    state, steps = None, []
+    with torch.no_grad():
+        for x_t in x.unbind(1):
+            out = cell.step(x_t, state)
+            steps, state = [*steps, out.h], out.state
+        found = cell.to(device).parallel_forward(x.to(device))
+    assert torch.allclose(torch.stack(steps, 1), found.h.cpu(), atol=1e-5)
+
+
+def test_recomputed_layers_learn_the_same():
+    """Long windows are recomputed in the backward pass instead of kept."""
+    kept, recomputed = ([*train(config=settings(epochs=1), device="xla", dropout=0.0, model=smlstm(dropout=0.0, checkpoint_above=T))][1] for T in (12, 11))
+    assert (kept - recomputed).abs().max() < 1e-5
 
 
 def test_a_model_streams_there_as_here():
@@ -190,7 +255,38 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert torch.equal(weights, whole) and losses(again) == losses(history)
 
 
-# ---- two devices
+# ---- processes of their own
+
+def alone(program, *arguments, **environment):
+    """Run a program in a process of its own, and return what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), **environment}
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], env=environment, timeout=900, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+CACHED = """
+import sys, torch
+import smlstm.device as device
+import torch_xla.debug.metrics as metrics
+device.xla_hardware = lambda: "TPU"         # where what is compiled is kept without being asked
+print(device.read(torch.ones(8).to(device.pick_device("auto")) * 3)[0], device.keep_compiled())
+print({name for name in metrics.counter_names() if name.startswith("PersistentCache")})
+"""
+
+
+def test_what_was_compiled_is_kept_and_found_again(tmp_path):
+    """XLA's CPU device finds it too, and only then says that it cannot load it."""
+    first, second = (alone(CACHED, XDG_CACHE_HOME=str(tmp_path)).splitlines() for _ in range(2))
+    assert first == ["3.0 False", "{'PersistentCacheMiss'}"] and list((tmp_path / "smlstm" / "xla").iterdir())
+    assert second == ["3.0 False", "{'PersistentCacheDeserializeFailure'}"]
+
+
+def test_replicas_start_on_two_devices(tmp_path):
+    program = "import sys; from smlstm.device import launch; from training_kit import say_who; launch(say_who, sys.argv[1], device='xla')"
+    alone(program, tmp_path, CPU_NUM_DEVICES="2")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "Replicas(rank=0, world=2) xla:0", "1": "Replicas(rank=1, world=2) xla:1"}
+
 
 TWO = """
 import sys, torch
@@ -205,10 +301,25 @@ torch.save({"losses": losses(history), "weights": weights, "devices": xr.global_
 
 def test_two_devices_find_the_losses_of_one(tmp_path):
     """The compiler splits each batch over two devices; same global batch, same losses."""
-    environment = {**os.environ, "CPU_NUM_DEVICES": "2", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, "-c", TWO, tmp_path / "two.pt"], env=environment, check=True, timeout=900)
+    alone(TWO, tmp_path / "two.pt", CPU_NUM_DEVICES="2")
     two = torch.load(tmp_path / "two.pt")
     one, weights = train(dropout=0.0, device="xla")
     assert two["devices"] == 2
     assert (torch.tensor(losses(one)) - torch.tensor(two["losses"])).abs().max() < 1e-6
     assert (weights - two["weights"]).abs().max() < 1e-5
+
+
+# ---- the whole flow
+
+def test_the_main_flow_runs_there_with_the_same_forecasts(tmp_path):
+    """`train.ipynb` from prices to a report on XLA, beside the CPU: dropout off, because generators differ."""
+    there, here = (run_flow(tmp_path / device, device=device, dropout=0.0, epochs=1) for device in ("xla", "cpu"))
+    assert {p.name for p in there.iterdir()} == {p.name for p in here.iterdir()}
+    xla, cpu = (pd.read_csv(folder / "forecasts.csv") for folder in (there, here))
+    for column in ("forecast_close", "up_probability", "forecast_variance"):
+        assert np.allclose(xla[column], cpu[column], rtol=1e-3), column
+
+
+def run_flow(folder, **parameters):
+    folder.mkdir()
+    return main_flow(folder, **parameters)

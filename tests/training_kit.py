@@ -1,5 +1,6 @@
 """A small forecaster and a small series, for the tests of training; a module of its own, because new processes import it."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,3 +84,11 @@ def train_shared(path, dropout, checkpoint_dir, epochs):
 
 def losses(history):
     return [[*epoch.train, *epoch.valid] for epoch in history.epochs]
+
+
+def say_who(folder):
+    """Each replica on XLA writes its place and its device, by its rank."""
+    from smlstm.device import pick_device, replicas
+
+    device = pick_device("xla")
+    Path(folder, str(replicas(device).rank)).write_text(f"{replicas(device)} {device}")
