@@ -76,7 +76,7 @@ def forward(self: SMLSTM, x: Tensor, state: Optional[ModelState] = None) -> tupl
     "Forecasts for features [B, T, F], from `state` (None starts empty), and the state after them."
     if x.dim() != 3 or x.shape[-1] != self.config.n_features:
         raise ValueError(f"x must be [B, T, {self.config.n_features}], got {list(x.shape)}")
-    recompute = self.training and torch.is_grad_enabled() and x.shape[1] > self.config.checkpoint_above
+    recompute = self.training and torch.is_grad_enabled() and x.shape[1] > self.config.checkpoint_above and x.device.type != "xla"
     stream, after = self.embed(x), []
     for layer, (cell, out) in enumerate(zip(self.cells, self.outs)):
         before = state[layer] if state else None
