@@ -111,7 +111,7 @@ RULES = {
     "d_state": whole(1, 256), "dropout": number(0, 0.9), "chunk_size": whole(1, 4096),
     "epochs": whole(1, 10_000), "batch_size": whole(1, 65_536), "accumulate": whole(1, 1024), "patience": whole(1, 10_000),
     "learning_rate": number(0, 1, above=True), "weight_decay": number(0, 1), "clip": number(0, 1000, above=True), "min_delta": number(0, 1000),
-    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False), "ensemble": one_of(True, False),
+    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False), "preflight": one_of(True, False), "ensemble": one_of(True, False),
     "device": Rule(f"{(devices := one_of('auto', 'cpu', 'cuda', 'xla')).allowed}, and be there", lambda v: devices.holds(v) and _passes(pick_device)(v)),
     "output_dir": Rule("a folder that can be written to", _is_writable),
 }
