@@ -513,11 +513,11 @@ def row(chip="v5e", form="fused", seq_length=256, batch_size=64, **changes) -> d
     asked = dict(chip=chip, form=form, seq_length=seq_length, batch_size=batch_size, n_heads=config.n_heads, xla_chunk_size=config.xla_chunk_size)
     return {**asked, "fits": p.fits, "cycles": p.cycles, "hbm": p.hbm, "graph": p.graph, "padding": round(p.padding, 3), "flops": p.flops, "bytes": p.bytes, "seconds": round(p.seconds, 1)}
 
-# %% ../nbs/19_preflight.ipynb #c339a695
+# %% ../nbs/19_preflight.ipynb #de25e5d9
 TABLES = {
     "forms": [dict(form=form) for form in FORMS] + [dict(form=form, n_heads=1) for form in ("fused", "plain")],
     "chunks": [dict(xla_chunk_size=L) for L in (32, 64, 128, 256)],
-    "lengths": [dict(seq_length=T) for T in (1024, 2048, 4096)],
+    "lengths": [dict(seq_length=T, batch_size=16, hidden_size=32) for T in (1024, 2048, 4096)],
     "chips": [dict(chip=chip, seq_length=T, batch_size=16, hidden_size=32) for chip in CHIPS for T in (128, 512)],
 }
 

@@ -14,7 +14,7 @@ from torch import nn
 from smlstm.mixing import XLA_CHUNK
 from smlstm.model import SMLSTM, SMLSTMConfig
 from smlstm.preflight import (
-    CHIPS, PINS, DoesNotFit, PreflightError, as_dict, captured, check_fits, compiled, described, from_dict, graph_size, installed, instructions,
+    CHIPS, PINS, DoesNotFit, PreflightError, as_dict, captured, check_fits, compiled, described, from_dict, graph_size, installed,
     loaded, preflight, preflight_apart, recorded, training_step, xla_device,
 )
 
@@ -132,22 +132,10 @@ def test_a_model_that_does_not_fit_is_refused():
 
 
 @here
-def test_a_loop_counts_as_often_as_it_runs():
-    import jax
-    from jax import numpy as jnp
-    step = lambda _, x: jnp.tanh(x @ x)
-    lowered = jax.jit(lambda x: jax.lax.fori_loop(0, 7, step, x)).trace(jax.ShapeDtypeStruct((256, 256), "float32")).lower(lowering_platforms=("tpu",))
-    xla_device()
-    found = instructions(compiled(lowered.compiler_ir(), "v5e").hlo_modules()[0].to_string())
-    assert {i.times for i in found if i.cycles} >= {7} and sum((i.cycles or 0) * i.times for i in found) > 7 * 1000
-
-
-@here
 def test_the_graph_does_not_grow_with_the_length():
     config = SMLSTMConfig(n_features=3, hidden_size=8, n_heads=2, n_layers=1)
     sizes = [graph_size(str(loaded(training_step(SMLSTM(config), 1, XLA_CHUNK * chunks)["learn"]))) for chunks in (8, 16, 32)]
-    print(sizes)
-    assert sizes[2] <= 1.05 * sizes[0]
+    assert sizes[2] <= sizes[0] and sizes[2] <= 1.02 * sizes[1], sizes
 
 
 @here
