@@ -179,7 +179,7 @@ def plot_loss_difference(forecasts: pd.DataFrame,
     f = known_forecasts(forecasts).reset_index(drop=True); when = _times(f.target_date)
     figure = Figure(figsize=(9, 0.6 + 1.5 * len(heads))); panels = np.atleast_1d(figure.subplots(len(heads), 1, sharex=True))
     for axes, head in zip(panels, heads):
-        gain = np.cumsum(np.asarray(LOSSES[head][1](f), float))
+        gain = np.cumsum(np.asarray(LOSSES[head][1](f), float)).round(9)        # equal forecasts differ by rounding alone
         axes.plot(when, gain, color=MODEL); axes.axhline(0, color=BASELINE, lw=1)
         axes.fill_between(when, gain, 0, color=MODEL, alpha=0.12, lw=0)
         for start, _ in list(_runs(f.fold.to_numpy()))[1:]: axes.axvline(when[start], color=SOFT, lw=0.8, ls=":")
