@@ -171,7 +171,7 @@ def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         elif current is not None: current.append(line)
     return found, entry
 
-# %% ../nbs/19_preflight.ipynb #a2fe71d8
+# %% ../nbs/19_preflight.ipynb #afca86da
 def origin(line: str) -> str:
     "Module of the model that a line of a program came from."
     found = re.search(r'op_name="of_([^"/]*?)(?:\.\d+)?/', line)
@@ -179,7 +179,7 @@ def origin(line: str) -> str:
 
 
 def instructions(hlo: str) -> list[Instruction]:
-    "What a compiled program runs; bodies of loops as often as the compiler knows them to run."
+    "What a compiled program runs; bodies of loops as often as the compiler says, else once."
     bodies, entry = computations(hlo)
     def run(name, times):
         for line in bodies[name]:
@@ -311,8 +311,8 @@ class Program(NamedTuple):
     costliest: list  # ten (cycles, kind, shape, module)
     largest: list  # ten largest arrays (bytes, shape, module)
 
-# %% ../nbs/19_preflight.ipynb #9887a239
-COUNTED = ("fusion", "convolution", "copy", "reduce", "broadcast", "transpose", "dot", "custom-call", "reduce-window", "pad", "slice", "concatenate", "sort", "gather", "scatter")
+# %% ../nbs/19_preflight.ipynb #d1b688cd
+COUNTED = ("fusion", "convolution", "copy", "reduce", "broadcast", "transpose", "dot", "custom-call", "reduce-window", "pad", "slice", "concatenate", "sort", "gather", "scatter", "while")
 
 
 def examined(name: str, executable, text: str, chip: str, seconds: float) -> Program:
