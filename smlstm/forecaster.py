@@ -527,9 +527,18 @@ def _check_zone(self: Forecaster, fitted: Fitted, index: pd.DatetimeIndex) -> No
 
 
 @patch
+def check_symbol(self: Forecaster, prices) -> None:
+    "Warn where `Prices` are of another series than was learned, as when a bundled index stood in for a fund."
+    if not isinstance(prices, Prices) or prices.provenance.ticker not in self.series: return
+    learned, given = self.series[prices.provenance.ticker].origin.get("symbol"), prices.provenance.symbol
+    if learned and learned != given: warnings.warn(f"this forecaster learned {learned}, and these prices are of {given}: train again on the one you want forecasts of", stacklevel=3)
+
+
+@patch
 def recognized(self: Forecaster, data) -> dict:
     "Fitted names to frames with the fitted columns, from any kind of frame. `SeriesError` for a stranger, a gap or a missing column."
     frames = {}
+    for given in data.values() if isinstance(data, Mapping) else [data]: self.check_symbol(given)
     for name, frame in named_frames(data).items():
         name = self.known_as(name)
         fitted = self.series[name]

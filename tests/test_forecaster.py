@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,20 @@ def panel():
 @pytest.fixture(scope="module")
 def single():
     return Forecaster(**SMALL).fit(bars("SPY"), progress=False)
+
+
+def test_prices_of_another_series_are_announced():
+    learned = load_prices("SPY", source="sample", start="2012-01-01")                        # the index, in the fund's place
+    forecaster = Forecaster(**SMALL).fit(learned, progress=False)
+    fund = learned._replace(provenance=learned.provenance._replace(symbol="SPY", substitute=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this forecaster learned")
+        same = forecaster.predict(learned)
+    for given in (fund, {"SPY": fund}):
+        with pytest.warns(UserWarning, match=r"learned \^GSPC, and these prices are of SPY"):
+            forecaster.predict(given)
+    with pytest.warns(UserWarning, match="these prices are of SPY"):
+        pd.testing.assert_series_equal(forecaster.predict(fund), same)
 
 
 def numbers(frame):
