@@ -200,9 +200,9 @@ class Kernel(NamedTuple):
     to_end: Tensor  # [B, H, c, N, s] from Cr_s to X at the end of the chunk
     from_start: Tensor  # [B, H, c, t, N] from X before the chunk to Cf_t
     held: Tensor  # [B, H, c, t] from the mixed memory of the step before to Cf_t
-    K: Optional[Tensor] = None  # [B, H, c, t, s] from Cr_s to Cm_t
-    between: Optional[Tensor] = None  # [B, H, c, N, t, s] what is left at t of a state at s
-    left: Optional[Tensor] = None  # [B, H, c, t, N] and of the states before the chunk
+    K: Tensor  # [B, H, c, t, s] from Cr_s to Cm_t
+    between: Tensor  # [B, H, c, N, t, s] what is left at t of a state at s
+    left: Tensor  # [B, H, c, t, N] and of the states before the chunk
 
 
 def mixing_kernel(mix: Mixing, scales: Scales) -> Kernel:
@@ -662,7 +662,7 @@ def back_by_hand(x: Chunks, kept: tuple, g, g_n, M_end, n_end) -> tuple[Tensor, 
     "Gradients of M0, n0 and `Chunks`, from those of what is read [H, c, B, L, d], n . q, and M and n at the end (None is 0)."
     a, b, c = KEPT
     like = kept[-c:]
-    H, B = x.q.shape[0], x.q.shape[2]
+    H = len(x.q)
     D = like[0].new_zeros(H, *like[0].shape[1:]) if M_end is None else M_end.clone()
     E = like[1].new_zeros(H, *like[1].shape[1:]) if n_end is None else n_end.clone()
     g = torch.zeros_like(x.v) if g is None else g.contiguous()
