@@ -13,13 +13,12 @@ __all__ = ['UNCUT', 'STRETCH', 'KEPT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mix
            'stretches', 'at', 'suffix_sum', 'back_from_masks', 'back_from_kernel', 'back_from_rows', 'one_stretch',
            'back_one_stretch', 'ByHand', 'back_by_hand', 'heads_first', 'in_chunks', 'mixed_by_hand', 'by_hand',
            'cut_mixing', 'last_mixed', 'segments', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat',
-           'only_once', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla',
-           'cut_flat']
+           'only_once', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -772,7 +771,7 @@ def mixed_chunkwise(
     theta: float = 1.0,  # floor of the normalizer
     state: Optional[MixedState] = None,  # None starts empty
     chunk_size: int = 64,  # L: changes the speed, not the result
-    hand: Optional[bool] = None,  # the backward pass by hand; None: wherever it serves
+    form: Optional[Callable] = None,  # what reads the chunks: `mixed_chunks` or another with its arguments; None: the fastest that serves
 ) -> tuple[Tensor, MixedState]:  # h [B, H, T, d] and the state after the last step
     "The mixed memory in fused form: equal to `mixed_recurrent`, without ever holding the memories of a chunk."
     check_inputs(q, k, v, log_i, log_f, chunk_size)
@@ -784,12 +783,12 @@ def mixed_chunkwise(
     if mix.network is not None:
         h, state = mixed_networks(q, k, v, log_i, log_f, mix, theta, state, L)
         return h.to(dtype), state
-    hand = by_hand(q, mix) if hand is None else hand
+    form = form or (mixed_by_hand if by_hand(q, mix) else mixed_chunks)
     log_g, outputs = growth(log_f, mix), []
-    for start, stop in segments(T, T if hand else L * SEGMENT):
+    for start, stop in segments(T, L * SEGMENT if form is mixed_chunks else T):
         parts = [cut(x, 2, start, stop, L) for x in (q, k, v)]
         gates = cut(log_i, 2, start, stop, L, -torch.inf), *(cut(x, 2, start, stop, L) for x in (log_f, log_g))
-        h, state = (mixed_by_hand if hand else mixed_chunks)(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
+        h, state = form(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
         state = state._replace(Cm=last_mixed(state, mix.regime[:, stop - 1], mix))
         outputs.append(h)
     return joined(outputs, T).to(dtype), state
@@ -881,12 +880,12 @@ def read_flat_states(q, k, v, C, w, W, carried, A, kernel: FlatKernel, log_decay
 
 # %% ../nbs/05_mixing.ipynb #c760b003
 def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
-    "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, c, L, ...]; Cm is left as it was."
+    "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, 1, c, L, ...]; Cm is left as it was."
     B, H, c, L, d = q.shape
     scales, regime = chunk_scales(log_i, log_g, state.m), mix.regime if mix.left is not None else mix.regime.sum(-1, keepdim=True)
     left = q.new_ones(H, 1, d) if mix.left is None else mix.left
-    each = lambda x: x.unsqueeze(1).expand(B, H, *x.shape[1:]).flatten(0, 2)
-    apart, joined = lambda x: x.unflatten(0, (B * H, c)), lambda x: x.unflatten(0, (B, H))
+    each = lambda x: x.expand(B, H, *x.shape[2:]).flatten(0, 2)
+    apart, by_head = lambda x: x.unflatten(0, (B * H, c)), lambda x: x.unflatten(0, (B, H))
     C0, n0, _, X0, Cm0 = (x.flatten(0, 1) for x in state)
     start, step, boundary = scales.start.flatten(), scales.step.flatten(0, 2), scales.boundary.flatten(0, 1)
     q, k, v, log_i, log_f = (x.flatten(0, 2) for x in (q, k, v, log_i, log_f))
@@ -900,14 +899,14 @@ def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: M
     n, n_end = carry_flat(n0[:, None], apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
     C, n, S = C.flatten(0, 1), n.flatten(0, 1), q @ k.mT
     read, X_end = read_flat_states(q, k, v, C, w, W, carried, A, kernel, mix.log_decay, boundary, X0)
-    skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[:, :-1, -1], (0, 0, 1, 0)))[:, None]
+    skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[..., :-1, -1, :], (0, 0, 1, 0)))[:, None]
     onto = kernel.inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, L - 1))                   # [G, t, R]
     unexplained = (Cm0 - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
     first = apart(kernel.held)[:, 0, :1] * unexplained.squeeze(-1)
     numerator = ReadFlat.apply(kernel.inside, w, W, S, v, A) + (onto @ A) * (q @ C.mT) + read
     numerator = numerator + F.pad(first[:, None, None], (0, 0, 0, L - 1, 0, c - 1)).flatten(0, 1)
     h = normalized_read(numerator, (W * S).sum(-1) + carried * (q * n).sum(-1), step, theta)
-    end = MixedState(joined(C_end), joined(n_end.squeeze(1)), scales.boundary[..., -1], joined(X_end), state.Cm)
+    end = MixedState(by_head(C_end), by_head(n_end.squeeze(1)), scales.boundary[..., -1], by_head(X_end), state.Cm)
     return h.view(B, H, c, L, d), end
 
 # %% ../nbs/05_mixing.ipynb #0f46a98b
@@ -916,18 +915,4 @@ XLA_CHUNK = 128  # the width of a tile; chosen by the compiler's figures in the 
 
 def mixed_xla(q, k, v, log_i, log_f, mix: Mixing, theta: float = 1.0, state: Optional[MixedState] = None, chunk_size: int = XLA_CHUNK) -> tuple[Tensor, MixedState]:
     "`mixed_chunkwise`, laid out for XLA: a graph whose size does not grow with the length."
-    if mix.network is not None or not rowwise(mix): return mixed_chunkwise(q, k, v, log_i, log_f, mix, theta, state, chunk_size)
-    check_inputs(q, k, v, log_i, log_f, chunk_size)
-    dtype, (q, k, v, log_i, log_f) = q.dtype, at_least_float32(q, k, v, log_i, log_f)
-    mix, T, L = full_precision(mix), q.shape[2], min(chunk_size, q.shape[2])
-    log_f, mix = finite_log(log_f), mix._replace(log_decay=finite_log(mix.log_decay))
-    state, log_g = state or initial_mixed(k, v, mix.read.shape[0]), growth(log_f, mix)
-    parts = [cut(x, 2, 0, T, L) for x in (q, k, v)]
-    gates = cut(log_i, 2, 0, T, L, -torch.inf), cut(log_f, 2, 0, T, L), cut(log_g, 2, 0, T, L)
-    h, state = mixed_flat(*parts, *gates, cut_flat(mix, T, L), theta, state)
-    return h.flatten(2, 3)[:, :, :T].to(dtype), state._replace(Cm=last_mixed(state, mix.regime[:, -1], mix))
-
-
-def cut_flat(mix: Mixing, T: int, L: int) -> Mixing:
-    "A mixing of T steps in chunks of L."
-    return mix._replace(**{name: cut(getattr(mix, name), 1, 0, T, L) for name in ("regime", "log_decay", "inject", "persistence")})
+    return mixed_chunkwise(q, k, v, log_i, log_f, mix, theta, state, chunk_size, mixed_flat if rowwise(mix) else mixed_chunks)
