@@ -389,6 +389,11 @@ def _exceptions_shown(yf):
             if len(_inside) == 1:
                 config.hide_exceptions = _inside.pop()
 
+# %% ../nbs/10_fetch.ipynb #6a0816b1
+def _nothing(like: pd.Timestamp) -> pd.DataFrame:
+    "A price frame without rows, in the time zone of `like`."
+    return pd.DataFrame(columns=COLUMNS, index=pd.DatetimeIndex([], tz=like.tz, name="date"), dtype=float)
+
 # %% ../nbs/10_fetch.ipynb #d6f41c70
 _META = ("exchangeTimezoneName", "instrumentType", "longName", "shortName")
 
@@ -417,7 +422,7 @@ def _last_settled(meta: dict, interval: str, now: pd.Timestamp) -> pd.Timestamp:
 
 # %% ../nbs/10_fetch.ipynb #cb8ab295
 def _ask(ticker: str, first: pd.Timestamp, last: pd.Timestamp, interval: str, timeout: float = 30.0) -> Answer:
-    "One request for [first, last). Raises whatever yfinance does."
+    "One request for [first, last); no rows where Yahoo describes the symbol and has none. Raises whatever yfinance does."
     import yfinance as yf
     asset = yf.Ticker(ticker, session=_session())
     asset._tz = "UTC"
@@ -425,7 +430,13 @@ def _ask(ticker: str, first: pd.Timestamp, last: pd.Timestamp, interval: str, ti
     spare = pd.Timedelta(days=1 if interval == "1d" else 0)
     a, b = ((t.tz_localize("UTC") if t.tzinfo is None else t).to_pydatetime() for t in (first - spare, last + spare))
     with _exceptions_shown(yf):
-        raw = asset.history(start=a, end=b, interval=interval, auto_adjust=True, keepna=True, actions=False, timeout=timeout)
+        try:
+            raw = asset.history(start=a, end=b, interval=interval, auto_adjust=True, keepna=True, actions=False, timeout=timeout)
+        except (IndexError, yf.exceptions.YFPricesMissingError) as error:
+            said = getattr(asset._price_history, "_history_metadata", None) or {}
+            if "exchangeTimezoneName" in said and (isinstance(error, IndexError) or "no price data found" in str(error)):
+                return Answer(_nothing(first), _described(said))
+            raise
         said = getattr(asset._price_history, "_history_metadata", None) or asset.history_metadata      # the latter may ask again
     frame, meta = _tidy(raw, "Yahoo's answer"), _described(said)
     frame.index = (frame.index.tz_localize(None).normalize() if interval == "1d" else frame.index.tz_convert("UTC")).as_unit("ns")
@@ -558,11 +569,6 @@ def _retrying(ticker: str, retries: int, delay: float, stop: threading.Event) ->
     return Retrying(retry=retry_if_exception_type(TransientFailure), wait=wait, before_sleep=say, sleep=sleep_using_event(stop),
                     stop=stop_any(stop_after_attempt(retries), stop_when_event_set(stop)), reraise=True)
 
-# %% ../nbs/10_fetch.ipynb #6a0816b1
-def _nothing(like: pd.Timestamp) -> pd.DataFrame:
-    "A price frame without rows, in the time zone of `like`."
-    return pd.DataFrame(columns=COLUMNS, index=pd.DatetimeIndex([], tz=like.tz, name="date"), dtype=float)
-
 # %% ../nbs/10_fetch.ipynb #e266d19a
 def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, stop: threading.Event) -> Answer:
     "A trusted answer for [first, last), or one clear exception."
@@ -573,11 +579,7 @@ def _fetch(ticker: str, first, last, interval: str, retries: int, delay: float, 
         try:
             answer = _ask(ticker, first, last, interval)
         except Exception as error:
-            failure = _translate(error, ticker, first, last, interval)
-            silent = isinstance(error, IndexError) or "no price data found" in str(error)        # an answer with nothing in it
-            if type(failure) is not TransientFailure or not silent:
-                raise failure from error
-            answer = Answer(_nothing(first), {})
+            raise _translate(error, ticker, first, last, interval) from error
         doubts = _doubts(answer, first, last, interval)
         if doubts and doubted.count(doubts) < 2:
             doubted.append(doubts)

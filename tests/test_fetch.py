@@ -139,8 +139,14 @@ def test_a_symbol_yahoo_never_had(yahoo, tmp_path):
         load_prices("NOSUCH", cache_dir=tmp_path, delay=1000)
 
 
-def test_empty_three_times_is_no_prices(yahoo):
-    yahoo.fault = lambda asked: "empty"
+@pytest.mark.parametrize("fault", ["null", "empty", "blank"])
+def test_an_answer_about_nobody_is_never_believed(yahoo, tmp_path, fault):
+    yahoo.faults = [fault] * 5
+    same(load_prices("SPY", "yahoo", START, END, cache_dir=tmp_path, **FAST).frame, truth(spy(), START, END))
+
+
+def test_no_rows_three_times_is_no_prices(yahoo):
+    yahoo.fault = lambda asked: "no_quotes"
     with pytest.raises(NoPrices):
         safe_fetch("SPY", START, END, retries=4, **FAST)
     assert len(yahoo.log) == 3
