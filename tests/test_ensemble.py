@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from smlstm.ensemble import (
-    EnsembleConfig, Member, MemberConfig, SMLSTMEnsemble, Together, default_members, ensemble_config, fit_ensemble, inner_folds, join_states,
+    EnsembleConfig, Member, MemberConfig, SMLSTMEnsemble, Together, default_members, ensemble_config, fit_ensemble, inner_folds,
     load_ensemble, load_network, rolling_blocks, weight_frame,
 )
-from smlstm.model import Forecast, ModelFileError, SMLSTMConfig, map_state, save_model
+from smlstm.model import ModelFileError, SMLSTMConfig, save_model
 from smlstm.sequences import create_sequences, create_tpu_dataloader
 from smlstm.training import TrainConfig
+
+from kit import Window, check_pieces, state_shapes
 
 SMALL = SMLSTMConfig(n_features=3, hidden_size=8, n_layers=1, chunk_size=8)
 
@@ -36,20 +38,7 @@ KINDS = [default_members(SMALL), default_members(SMALL, (2, 3)), (MemberConfig(4
 
 @pytest.mark.parametrize("members", KINDS, ids=range(len(KINDS)))
 def test_any_split_any_batch_gives_the_same_forecasts(members):
-    ensemble = trained_like(EnsembleConfig(members)).double()
-    x = torch.randn(3, 45, 3, dtype=torch.float64)
-    with torch.no_grad():
-        whole, last = ensemble(x)
-        for split in ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]):
-            state, parts = None, []
-            for piece in x.split(split, 1):
-                forecast, state = ensemble(piece, state)
-                parts.append(forecast)
-            for name, *pieces in zip(Forecast._fields, *parts):
-                torch.testing.assert_close(torch.cat(pieces, 1), getattr(whole, name), rtol=1e-9, atol=1e-10)
-            join_states(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10), state, last)
-        alone, _ = ensemble(x[1:2])
-        torch.testing.assert_close(alone.price, whole.price[1:2], rtol=1e-9, atol=1e-10)
+    check_pieces(trained_like(EnsembleConfig(members)).double(), torch.randn(3, 45, 3, dtype=torch.float64), ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]))
 
 
 def test_nothing_reaches_back_from_any_step():
@@ -87,21 +76,9 @@ def test_only_the_meta_network_learns():
 
 
 def test_the_state_does_not_grow_and_keeps_the_batch_in_front():
-    ensemble, shapes = trained_like(EnsembleConfig(default_members(SMALL))), []
-    for T in (3, 300):
-        sizes = []
-        map_state(lambda part: sizes.append(tuple(part.shape)) or part, ensemble(torch.randn(2, T, 3))[1])
-        shapes.append(sizes)
-    assert shapes[0] == shapes[1] and all(size[0] == 2 for size in shapes[0])
-
-
-class Window(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return tuple(self.model(x)[0])
+    ensemble = trained_like(EnsembleConfig(default_members(SMALL)))
+    short, long = (state_shapes(ensemble(torch.randn(2, T, 3))[1]) for T in (3, 300))
+    assert short == long and all(shape[0] == 2 for shape in short)
 
 
 def test_exports(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smlstm import export
-from smlstm.export import ExportError, empty_state, export_step, export_window, flat_state, onnx_state, onnx_step, open_onnx
-from smlstm.model import SMLSTM, SMLSTMConfig
+from smlstm.export import ExportError, export_step, export_window, flat_state, onnx_state, onnx_step, open_onnx
+from smlstm.model import SMLSTM, SMLSTMConfig, empty_state
 
 needs_onnx = pytest.mark.skipif(not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason='ONNX is not installed: pip install ".[onnx]"')
 
@@ -123,13 +123,13 @@ def test_a_stream_begins_with_zeros(options):
     model = made(**options).eval()
     x = torch.randn(2, 5)
     with torch.no_grad():
-        (said, after), (same, also) = model.step(x), model.step(x, empty_state(model, 2))
+        (said, after), (same, also) = model.step(x), model.step(x, empty_state(model.config, 2))
     for a, b in zip([*said, *flat_state(after).values()], [*same, *flat_state(also).values()]):
         assert torch.equal(a, b)
 
 
 def test_names_are_the_same_for_every_batch():
     model = made()
-    one, seven = (flat_state(empty_state(model, batch)) for batch in (1, 7))
+    one, seven = (flat_state(empty_state(model.config, batch)) for batch in (1, 7))
     assert list(one) == list(seven) and all(tensor.shape[0] == 7 for tensor in seven.values())
     assert asdict(model.config)["n_layers"] == 1 and all(name.startswith("state.0.") for name in one)

@@ -21,6 +21,8 @@ from smlstm.fetch import load_prices
 from smlstm.forecaster import Forecaster, ForecasterFileError, SeriesError, WindowConfig, build_table, fit_panel
 from smlstm.training import TrainConfig
 
+from kit import die_at
+
 SMALL = dict(architecture=dict(hidden_size=8, n_heads=1, n_layers=1), windows=WindowConfig(seq_length=64, stride=64), training=TrainConfig(epochs=1))
 NAMES = {"config.json", "model.safetensors", "stream.safetensors"}
 
@@ -83,26 +85,13 @@ def which(folder, old, new):
 
 def dies(forecaster, folder, moment):
     "Save, and die without a word at the n-th operation on the file system."
-    left = [moment]
-
-    def mortal(operation):
-        def step(*arguments, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*arguments, **options)
-        return step
-
-    for name in ("unlink", "mkdir"):
-        setattr(module.Path, name, mortal(getattr(Path, name)))
-    module.os.replace, module.os.fsync = mortal(os.replace), mortal(os.fsync)
-
     def half(path, content, **options):                          # nothing may be written in place: such a write ends halfway
         with open(path, "wb") as file:
             file.write(content[: len(content) // 2] if isinstance(content, bytes) else content.encode()[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    module.Path.write_bytes = module.Path.write_text = half
+    Path.write_bytes = Path.write_text = half
+    die_at(moment, (Path, "unlink"), (Path, "mkdir"), (os, "replace"), (os, "fsync"))
     forecaster.save(folder)
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 from html import unescape
 from html.parser import HTMLParser
@@ -22,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlstm.report import RULES, ParameterError, _next_forecast, build_report, check_history, check_parameters, manifest, plain, run_folder, score_table, summary_table, write_json, write_run
+
+from kit import die_at
 
 # ---------------------------------------------------------------- parameters
 
@@ -124,21 +125,7 @@ def whole(folder, *of):
 
 def dies(runs, moment):
     "Write a new run, and die without a word at the n-th operation on the file system."
-    import smlstm.report as report
-
-    left = [moment]
-
-    def mortal(operation):
-        def step(*arguments, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*arguments, **options)
-        return step
-
-    for name in ("write_text", "rename", "mkdir"):
-        setattr(report.Path, name, mortal(getattr(Path, name)))
-    report.os.fsync, report.shutil.rmtree = mortal(os.fsync), mortal(shutil.rmtree)
+    die_at(moment, (Path, "write_text"), (Path, "rename"), (Path, "mkdir"), (os, "fsync"), (shutil, "rmtree"))
     write(runs, "new")
 
 
