@@ -290,9 +290,8 @@ def start_run(model: nn.Module, train, valid, config: TrainConfig, device: torch
     decay, state = decay_vector(params, config.weight_decay).to(device), to_device(initial_state(params), device)
     model.to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    if place.world > 1:
-        state = state._replace(weights=all_sum(state.weights * (place.rank == 0)))     # all start from the first one's weights
-        write_weights(params, state.weights)
+    if place.world > 1: state = state._replace(weights=all_sum(state.weights * (place.rank == 0)))     # all start from the first one's weights
+    write_weights(params, state.weights)     # where nothing changes, XLA still compiles what `keep_best` will need
     mark_step(device)
     return Run(model, train, valid, config, device, params, decay, MultiObjectiveLoss(config.pos_weight, config.huber_delta),
                state, state.weights, EarlyStopping(config.patience, config.min_delta))
@@ -471,7 +470,8 @@ def save_epoch(run: Run, folder: Path, done: bool):
 def keep_best(run: Run) -> History:
     "Give the model its best weights, and the caller the history."
     if run.history.best_epoch < 0: raise NonFiniteError("the validation loss was never finite: look for NaN in the validation targets")
-    write_weights(run.params, run.best.cpu())
+    write_weights(run.params, run.best)
+    mark_step(run.device)
     run.model.eval()
     return run.history
 
