@@ -6,11 +6,12 @@
 __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NAMES', 'NOTES', 'STYLE', 'CONTEST_NOTE', 'EARNED_NOTE', 'SCORES_NOTE',
            'ParameterError', 'Rule', 'whole', 'number', 'one_of', 'check_tickers', 'check_parameters', 'check_history',
            'Stopwatch', 'announce', 'plain', 'write_json', 'versions', 'manifest', 'run_folder', 'write_run',
-           'score_table', 'regime_table', 'contest_table', 'coverage_table', 'summary_table', 'figure_html',
-           'build_report']
+           'training_folder', 'score_table', 'regime_table', 'contest_table', 'coverage_table', 'summary_table',
+           'figure_html', 'build_report']
 
 # %% ../nbs/20_report.ipynb #a4091859
 import base64
+import hashlib
 import io
 import json
 import math
@@ -120,7 +121,6 @@ RULES = {
 TOGETHER = [
     ("source", lambda p: "'auto', 'yahoo' or 'sample' for several tickers: a file holds one series",
      lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
-    ("source", "'auto', 'yahoo' or 'sample' for several tickers: a file holds one", lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample")),
     ("ensemble", lambda p: "False with several tickers: an ensemble reads one series", lambda p: not (p["ensemble"] and "," in p["ticker"])),
     ("hidden_size", lambda p: f"a multiple of n_heads={p['n_heads']}", lambda p: p["hidden_size"] % p["n_heads"] == 0),
     ("start", lambda p: f"before end={p['end']!r}",
@@ -270,6 +270,17 @@ def write_run(
             elif isinstance(contents, str): (folder / name).write_text(contents, encoding="utf-8")
             else: write_json(folder / name, contents)
     return Path(output_dir) / check_tickers(ticker)
+
+# %% ../nbs/20_report.ipynb #d458e203
+def training_folder(
+    parameters: Mapping,  # as checked, with ticker, device and output_dir
+    provenance,           # of the prices: Provenances or mappings, by ticker
+) -> Path:
+    "Where a run keeps its training while it lasts, beside the run's own folder; the same for the same run."
+    same = {name: value for name, value in parameters.items() if name not in ("output_dir", "preflight")}
+    prices = {name: plain(origin)["sha256"] for name, origin in provenance.items()}
+    text = json.dumps(plain([same, prices, versions(), pick_device(parameters["device"]).type]), sort_keys=True)
+    return Path(parameters["output_dir"]) / f".{check_tickers(parameters['ticker'])}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 # %% ../nbs/20_report.ipynb #784ee9f3
 SCORES = {  # head, score: column, format

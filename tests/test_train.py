@@ -1,6 +1,11 @@
 """The main job, small, as a user runs it: what it leaves, what it refuses, and that it repeats itself."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +35,7 @@ def read(folder, name):
 
 def test_leaves_every_file_and_nothing_else(finished):
     assert {p.name for p in finished.iterdir()} == FILES
-    assert not [p.name for p in finished.parent.iterdir() if p.suffix in (".part", ".old")]
+    assert {p.name for p in finished.parent.iterdir()} <= {"SPY", ".SPY.lock"}
 
 
 def test_metrics_put_each_score_beside_its_baseline(finished):
@@ -104,6 +109,26 @@ def without_times(value):
 
 def test_same_seed_same_numbers(finished, tmp_path):
     assert without_times(read(run(tmp_path), "metrics.json")) == without_times(read(finished, "metrics.json"))
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(finished, tmp_path):
+    """Killed as soon as the second fold has a checkpoint; started again, it reads what is there, and ends with the scores of a run that nobody killed."""
+    flags = [word for name, value in {"ticker": "SPY", "output_dir": str(tmp_path / "runs"), **SMALL}.items() for word in ("-p", name, str(value))]
+    child = subprocess.Popen([sys.executable, "-m", "papermill", str(NOTEBOOK), str(tmp_path / "out.ipynb"), *flags], cwd=tmp_path,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (kept := list(tmp_path.glob("runs/.SPY.*/fold2/latest.safetensors"))) and child.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert kept and child.wait() == -signal.SIGKILL and not (tmp_path / "runs" / "SPY").exists()
+    first = kept[0].parent.with_name("fold1") / "latest.safetensors"
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(papermill.PapermillExecutionError, match="damaged.*delete it"): run(tmp_path)     # nobody's word is taken for it
+    first.unlink()
+    folder = run(tmp_path)
+    printed = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    assert "An interrupted run left its training" in printed
+    assert without_times(read(folder, "metrics.json")) == without_times(read(finished, "metrics.json"))
+    assert {p.name for p in folder.parent.iterdir()} <= {"SPY", ".SPY.lock"}
 
 
 def test_a_panel_of_two_leaves_one_model_and_a_report_for_each(tmp_path):
