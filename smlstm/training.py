@@ -482,7 +482,7 @@ def alone_in(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/".lock")
     try: lock.acquire(timeout=0)
-    except Timeout as error: raise CheckpointError(f"another run is writing to {folder}: wait for it, or use another checkpoint_dir") from error
+    except Timeout as error: raise CheckpointError(f"another run is writing to {folder}: wait for it, or use another folder") from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK): raise     # some network drives know no locks
     try: yield
