@@ -80,7 +80,7 @@ def contenders(B: int, T: int, d: int, device: str = "cpu", dtype=torch.float32)
         return Contender(lambda: form(*inputs, mix, **options), inputs + [x for x in mix if x is not None])
     fused = lambda *x, **options: mixed_chunkwise(*x, **options)[0]
     lstm, x = torch.nn.LSTM(d, d, batch_first=True).to(device, dtype), place([torch.randn(B, T, d)])[0]
-    found = {"fused": mixed(fused, "diagonal", None, chunk_size=32), "fused, full processors": mixed(fused, "full", "full"),
+    found = {"fused": mixed(fused, "diagonal", None, chunk_size=32), "fused, full processors": mixed(fused, "full", "full", chunk_size=32),
              "plain": Contender(lambda: chunkwise(*inputs)[0], inputs), "materialized": mixed(materialized, "diagonal", None)}
     found |= {name: Contender(partial(peer, *inputs), inputs) for name, peer in peers(device).items()}
     return found | {"nn.LSTM": Contender(lambda: lstm(x)[0], [x, *lstm.parameters()])}
@@ -138,7 +138,7 @@ def products(form: str, L: int, d: int, R: int = 4, N: int = 4) -> float:
     'Multiplications of the forward pass a step, in units of d^2, for "plain", "rows" or "full" in chunks of L.'
     x = L / d
     return {"plain": 2 * x + 2, "rows": (1 + R) * x + R * x**2 + 2 * (1 + N),
-            "full": (1 + 2 * R) * x + R * x**2 + 2 * R + R * N + N + R + 1 + 2 * R / x}[form]
+            "full": (1 + 2 * R) * x + R * x**2 + 2 * R + R * N + N + 2 * R + 1}[form]
 
 
 def least_seconds(form: str, B: int, T: int, d: int, rate: float, L: int) -> float:
@@ -172,7 +172,7 @@ def cell_table(sizes=SIZES, runs: int = 7, memory: bool = True, device: str = "c
         found = {name: c for name, c in contenders(B, T, d, device, dtype).items() if name != "materialized" or B * T <= 4096}
         seconds, rate = medians(found, runs), product_rate(d)
         best = seconds[[name for name in found if name.startswith("peer")]].min()
-        forms = {"fused": ("rows", 32), "fused, full processors": ("full", 64), "plain": ("plain", 64)}
+        forms = {"fused": ("rows", 32), "fused, full processors": ("full", 32), "plain": ("plain", 64)}
         for name, spent in seconds.items():
             least = least_seconds(forms[name][0], B, T, d, rate, min(forms[name][1], T)) if name in forms and device == "cpu" else float("nan")
             peak = peak_memory(B, T, d, name) if memory else float("nan")
