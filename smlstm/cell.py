@@ -63,7 +63,7 @@ class ParallelSMLSTMCell(nn.Module):
         self.head_size = D // H
         self.norm = nn.LayerNorm(D)
         self.project = nn.Linear(D, 4 * D + 2 * H)  # q, k, v, o; i, f
-        self.listen = nn.Linear(D, 1)
+        self.listen = nn.Linear(D, 1, bias=False)
         self.regimes = nn.Linear(D + len(Signals._fields), R)
         bilinear = config.processor == "bilinear"
         self.left, self.right = (self.sides(kind) if bilinear else None for kind in (config.left, config.right))

@@ -7,13 +7,13 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 
 from smlstm.signals import (
-    SignalState, ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
+    SignalState, autocorrelation, ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
 )
 
 F64 = torch.float64
 CAUSAL = [
     rolling_volatility, normalized_volatility, trend_strength, ema_agreement, lambda x: ema(x, span=9),
-    lambda x: market_signals(x)[0].volatility, lambda x: market_signals(x)[0].trend, lambda x: market_signals(x)[0].agreement,
+    lambda x: market_signals(x)[0].volatility, lambda x: market_signals(x)[0].trend, lambda x: market_signals(x)[0].agreement, lambda x: market_signals(x)[0].autocorrelation,
 ]
 
 
@@ -107,20 +107,22 @@ def test_finite_for_whatever_comes(values, window):
     assert all(s.isfinite().all() for s in state)
     gradient, = torch.autograd.grad(sum(y.sum() for y in outputs), x)
     assert not gradient.isnan().any()
-    assert (signals.trend >= 0.5).all() and (signals.trend <= 1 + 1e-6).all() and (signals.volatility >= 0).all()
+    assert (signals.autocorrelation.abs() <= 1 + 1e-6).all() and (signals.volatility >= 0).all()
+    assert torch.equal(signals.trend, (signals.autocorrelation.abs() + 1) / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -2531.7, 1e7])
 def test_flat_series_are_exactly_flat(value):
     x = torch.full((1, 300), value)
     signals, _ = market_signals(x)
-    assert (signals.volatility == 0).all() and (signals.trend == 0.5).all() and (signals.agreement == 0).all()
+    assert (signals.volatility == 0).all() and (signals.trend == 0.5).all() and (signals.agreement == 0).all() and (signals.autocorrelation == 0).all()
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60, 2.0**100])
 def test_trend_has_no_unit(scale):
     x = walk(2, 80, dtype=torch.float32)
     assert torch.equal(trend_strength(scale * x), trend_strength(x))
+    assert torch.equal(autocorrelation(scale * x), autocorrelation(x)) and torch.equal(autocorrelation(-scale * x), autocorrelation(x))
     assert torch.equal(trend_strength(scale * x, rule="letter"), trend_strength(x, rule="letter"))
 
 
@@ -132,9 +134,21 @@ def test_a_trend_is_told_from_noise():
     assert trend_strength(torch.stack(follow, 1))[:, 100:].mean() > trend_strength(noise)[:, 100:].mean() + 0.15
 
 
+def test_momentum_is_told_from_reversal_by_the_sign_alone():
+    noise, market = torch.randn(50, 400, generator=torch.Generator().manual_seed(1)), {}
+    for phi in (0.6, -0.6):
+        steps = [torch.zeros(50)]
+        for e in noise.unbind(1):
+            steps.append(phi * steps[-1] + e)
+        market[phi] = torch.stack(steps, 1)
+    momentum, reversal = (autocorrelation(x)[:, 100:] for x in market.values())
+    assert momentum.mean() > 0.3 and reversal.mean() < -0.3
+    assert (trend_strength(market[0.6]) - trend_strength(market[-0.6]))[:, 100:].mean().abs() < 0.1
+
+
 def test_gradients():
     x = torch.randn(1, 12, dtype=F64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    smooth = lambda x: (*market_signals(x, 4)[0][:2], ema(x, span=3), normalized_volatility(x, 4, rule="letter"), trend_strength(x, 4, "letter"))
+    smooth = lambda x: (*market_signals(x, 4)[0][:2], autocorrelation(x, 4), ema(x, span=3), normalized_volatility(x, 4, rule="letter"), trend_strength(x, 4, "letter"))
     assert torch.autograd.gradcheck(smooth, x)
 
 
