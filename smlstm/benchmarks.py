@@ -81,7 +81,7 @@ def contenders(B: int, T: int, d: int, device: str = "cpu", dtype=torch.float32)
     fused = lambda *x, **options: mixed_chunkwise(*x, **options)[0]
     lstm, x = torch.nn.LSTM(d, d, batch_first=True).to(device, dtype), place([torch.randn(B, T, d)])[0]
     found = {"fused": mixed(fused, "diagonal", None, chunk_size=32), "fused, full processors": mixed(fused, "full", "full", chunk_size=32),
-             "plain": Contender(lambda: chunkwise(*inputs)[0], inputs), "materialized": mixed(materialized, "diagonal", None)}
+             "plain": Contender(lambda: chunkwise(*inputs, chunk_size=32)[0], inputs), "materialized": mixed(materialized, "diagonal", None)}
     found |= {name: Contender(partial(peer, *inputs), inputs) for name, peer in peers(device).items()}
     return found | {"nn.LSTM": Contender(lambda: lstm(x)[0], [x, *lstm.parameters()])}
 
@@ -172,7 +172,7 @@ def cell_table(sizes=SIZES, runs: int = 7, memory: bool = True, device: str = "c
         found = {name: c for name, c in contenders(B, T, d, device, dtype).items() if name != "materialized" or B * T <= 4096}
         seconds, rate = medians(found, runs), product_rate(d)
         best = seconds[[name for name in found if name.startswith("peer")]].min()
-        forms = {"fused": ("rows", 32), "fused, full processors": ("full", 32), "plain": ("plain", 64)}
+        forms = {"fused": ("rows", 32), "fused, full processors": ("full", 32), "plain": ("plain", 32)}
         for name, spent in seconds.items():
             least = least_seconds(forms[name][0], B, T, d, rate, min(forms[name][1], T)) if name in forms and device == "cpu" else float("nan")
             peak = peak_memory(B, T, d, name) if memory else float("nan")
