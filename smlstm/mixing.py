@@ -31,7 +31,7 @@ from smlstm.memory import (
     SEGMENT, STRETCH, at_least_float32, carry, chain, chain_back, check_inputs, cut, decay_matrix, finite_log, future, goes_by_hand, initial_memory, joined,
     normalized_read, started, stretches, suffix_sum,
 )
-from .stabilization import faded_exp, stabilize_gates
+from .stabilization import faded_exp, running_stabilizer, stabilize_gates
 
 # %% ../nbs/05_mixing.ipynb #dde8ead0
 class Mixing(NamedTuple):
@@ -126,7 +126,7 @@ def mixed_recurrent(
     dtype, (q, k, v, log_i, log_f) = q.dtype, at_least_float32(q, k, v, log_i, log_f)
     mix = full_precision(mix)
     C, n, m, X, Cm = state or initial_mixed(k, v, mix.read.shape[0])
-    scale = stabilize_gates(log_i, growth(log_f, mix), m).m
+    with torch.no_grad(): scale = running_stabilizer(log_i, growth(log_f, mix), m)
     outputs = []
     for t in range(q.shape[2]):
         shrink, m = m - scale[:, :, t], scale[:, :, t]

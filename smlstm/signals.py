@@ -45,7 +45,8 @@ def trailing_windows(
     "The W+1 points that end at each step of `x`."
     window, steps = past.shape[1], x.shape[1]
     series = torch.cat([past, x], 1)
-    values = torch.stack([series[:, k:k + steps] for k in range(window + 1)], 1) - x.unsqueeze(1)
+    shifted = torch.stack([series[:, k:k + steps] for k in range(window + 1)], 1) if steps > 1 else series.unsqueeze(2)
+    values = shifted - x.unsqueeze(1)
     age = torch.arange(window, -1, -1, dtype=x.dtype, device=x.device).unsqueeze(1)
     oldest = seen.unsqueeze(1) + torch.arange(steps, dtype=x.dtype, device=x.device)
     present = (age <= oldest.unsqueeze(1)).to(x.dtype)
@@ -154,6 +155,7 @@ def leaky_sum(
     chunk_size: int = 32,  # at least 2
 ) -> Tensor:
     "e_t = keep e_{t-1} + x_t for all t, [B, T], in linear time."
+    if x.shape[1] == 1: return x + keep*start.unsqueeze(1)
     steps, size = x.shape[1], min(x.shape[1], chunk_size)
     age = torch.arange(size, dtype=x.dtype, device=x.device)
     lag = age.unsqueeze(1) - age
