@@ -6,10 +6,10 @@
 __all__ = ['DECAY', 'PRICES', 'LONE', 'KEPT', 'LEAST', 'FORMAT', 'Table', 'build_table', 'used_columns', 'is_long',
            'named_frames', 'SeriesError', 'about', 'without_gaps', 'Scaled', 'numeric_targets', 'scale_table',
            'WindowConfig', 'Split', 'split_rows', 'split_panel', 'panel_folds', 'Loaders', 'make_loaders', 'read',
-           'stream', 'Calibration', 'believed', 'price_share', 'direction_share', 'calibrate', 'to_units',
-           'relative_variance', 'Fitted', 'Forecaster', 'Scores', 'make_scores', 'more_scores', 'bounds', 'check_alike',
-           'fit_panel', 'fit_scales', 'fit_forecaster', 'Stream', 'begin', 'trading_days', 'bars_ahead', 'date_ahead',
-           'to_long', 'flattened', 'quick_step', 'scale_row', 'ForecasterFileError', 'write_folder']
+           'stream', 'Calibration', 'calibrate', 'to_units', 'relative_variance', 'Fitted', 'Forecaster', 'Scores',
+           'make_scores', 'more_scores', 'bounds', 'check_alike', 'fit_panel', 'fit_scales', 'fit_forecaster', 'Stream',
+           'begin', 'trading_days', 'bars_ahead', 'date_ahead', 'to_long', 'flattened', 'quick_step', 'scale_row',
+           'ForecasterFileError', 'write_folder']
 
 # %% ../nbs/18_forecaster.ipynb #be16668e
 import hashlib
@@ -40,7 +40,7 @@ from .ensemble import EnsembleConfig, default_members, fit_ensemble, load_networ
 from .evaluation import conformal_intervals, conformal_quantile, ewma_variance
 from .fetch import Prices
 from .features import FEATURES, SETTLED, WARMUP, has_range, has_volume, latest_features, make_targets, prepare_data, variance_proxy
-from .metrics import qlike_scale
+from .metrics import believed, direction_slope, level_slope, qlike_scale
 from .model import SMLSTM, Forecast, SMLSTMConfig, map_state, save_model
 from .sequences import Fold, Scaler, SequenceLoader, create_sequences, create_tpu_dataloader, fit_scaler, join_sequences, time_folds
 from .training import History, TrainConfig, fit as train_model
@@ -262,28 +262,6 @@ class Calibration(NamedTuple):
     direction_share: float  # of the direction head's deviation from the base logit that is believed
     variance_factor: float  # measured over forecast variance, on average
 
-
-def believed(slope: float, error: float) -> float:
-    "A slope less its standard error, within [0, 1]."
-    return float(np.clip(slope - error, 0, 1))
-
-# %% ../nbs/18_forecaster.ipynb #66d1abf3
-def price_share(said: np.ndarray, came: np.ndarray) -> float:
-    "Believed share of standardized price forecasts, by least squares."
-    power = max(said @ said, 1e-12)
-    slope = said @ came / power
-    return believed(slope, np.sqrt(((came - slope * said) ** 2).mean() / power))
-
-
-def direction_share(logit: np.ndarray, base: float, up: np.ndarray) -> float:
-    "Believed share of a logit's deviation from `base`, by logistic regression on one slope (Newton's method)."
-    beyond, slope = logit - base, 0.0
-    for _ in range(25):
-        p = 1 / (1 + np.exp(-(base + slope * beyond)))
-        curvature = max((p * (1 - p)) @ beyond**2, 1e-12)
-        slope = float(np.clip(slope + (up - p) @ beyond / curvature, -4, 4))
-    return believed(slope, curvature**-0.5)
-
 # %% ../nbs/18_forecaster.ipynb #cb89a1bc
 def calibrate(forecast: Forecast, table: Table, scaled: Scaled, split: Split, pos_weight: float) -> Calibration:
     "Fit the shares on the validation rows, base rate and factor on all training rows."
@@ -294,7 +272,7 @@ def calibrate(forecast: Forecast, table: Table, scaled: Scaled, split: Split, po
     logit = forecast.direction - np.log(pos_weight)
     variance = relative_variance(forecast, scaled.target_scaler) * table.bars.ewma_variance.to_numpy()[: len(forecast.volatility)]
     measured = np.exp(table.targets.log_variance.to_numpy())
-    return Calibration(price_share(forecast.price[valid], scaled.y[valid, 0]), base, direction_share(logit[valid], base, up[valid]),
+    return Calibration(believed(*level_slope(forecast.price[valid], scaled.y[valid, 0])), base, believed(*direction_slope(logit[valid], base, up[valid])),
                        qlike_scale(measured[rows], variance[rows]))
 
 # %% ../nbs/18_forecaster.ipynb #a2d3176d
@@ -435,8 +413,8 @@ def fit_scales(config: SMLSTMConfig, scales, tables: dict, train: dict, scaled: 
     if len(tables) > 1: raise ValueError(f"scales={list(scales)} with {len(tables)} series: an ensemble reads one series. Leave scales out, or fit each series by itself")
     (name, table), = tables.items()
     def loaders(x, y, learn, valid, seed): return make_loaders(scaled[name]._replace(x=x, y=y), Split(learn, valid), windows, seed, pick_device(device))
-    split, ensemble = partial(split_rows, horizon=table.horizon, windows=windows), EnsembleConfig(default_members(config, tuple(scales)))
-    return fit_ensemble(ensemble, scaled[name].x, scaled[name].y, train[name], split, loaders, training, horizon=table.horizon, device=device, **fit_options)
+    split, ensemble = partial(split_rows, horizon=table.horizon, windows=windows), EnsembleConfig(default_members(config, tuple(scales)), horizon=table.horizon)
+    return fit_ensemble(ensemble, scaled[name].x, scaled[name].y, train[name], split, loaders, training, device=device, **fit_options)
 
 # %% ../nbs/18_forecaster.ipynb #335c03b0
 def fit_forecaster(

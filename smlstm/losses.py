@@ -119,12 +119,12 @@ class MultiObjectiveLoss(nn.Module):
     def forward(
         self,
         forecast,  # has `price`, `direction` (logits) and `volatility`, each [B, T]
-        y: torch.Tensor,  # standardized log return, up (0 or 1), standardized log variance [B, T, 3]
+        y: torch.Tensor,  # standardized log return, up (0 or 1), standardized log variance [B, T, 3]; a fourth column weighs the steps
         weights: CurriculumWeights = CurriculumWeights(),  # of this epoch
         mask: torch.Tensor | None = None,  # rows that count [B]
     ) -> Losses:
         price, direction, volatility = (part.to(y.dtype) for part in (forecast.price, forecast.direction, forecast.volatility))
-        parts = (masked_mean(huber(price - y[..., 0], self.huber_delta), mask),
-                 masked_mean(weighted_cross_entropy(direction, y[..., 1], self.pos_weight), mask),
-                 masked_mean((volatility - y[..., 2])**2, mask))
+        each = (huber(price - y[..., 0], self.huber_delta), weighted_cross_entropy(direction, y[..., 1], self.pos_weight), (volatility - y[..., 2])**2)
+        if y.shape[-1] > 3: each = [loss * y[..., 3] for loss in each]
+        parts = [masked_mean(loss, mask) for loss in each]
         return Losses(sum(weight * part for weight, part in zip(weights, parts)), *parts)

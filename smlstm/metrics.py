@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mape', 'directional_accuracy', 'hit_rate', 'base_rate', 'brier', 'Reliability', 'reliability_curve',
-           'expected_calibration_error', 'qlike_loss', 'qlike', 'qlike_scale', 'regime_distribution']
+           'expected_calibration_error', 'level_slope', 'direction_slope', 'believed', 'qlike_loss', 'qlike',
+           'qlike_scale', 'regime_distribution']
 
 # %% ../nbs/09_metrics.ipynb #f45752b9
 from typing import NamedTuple
@@ -90,6 +91,28 @@ def expected_calibration_error(up, probability, bins: int = 10) -> float:
     "Mean absolute distance between forecast probability and observed frequency over bins of equal size."
     curve = reliability_curve(up, probability, bins)
     return float(np.average(np.abs(curve.probability - curve.frequency), weights=curve.count))
+
+# %% ../nbs/09_metrics.ipynb #d86a1f17
+def level_slope(said: np.ndarray, came: np.ndarray) -> tuple:
+    "Slope of what came on forecast deviations [n] from a usual level, by least squares, and its standard error."
+    power = max(said @ said, 1e-12)
+    slope = said @ came / power
+    return slope, np.sqrt(((came - slope * said) ** 2).mean() / power)
+
+
+def direction_slope(logit: np.ndarray, base: float, up: np.ndarray) -> tuple:
+    "Slope of log odds on a logit's deviation from `base`, by logistic regression (Newton's method), and its standard error."
+    beyond, slope = logit - base, 0.0
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-(base + slope * beyond)))
+        curvature = max((p * (1 - p)) @ beyond**2, 1e-12)
+        slope = float(np.clip(slope + (up - p) @ beyond / curvature, -4, 4))
+    return slope, curvature**-0.5
+
+
+def believed(slope: float, error: float) -> float:
+    "A slope less its standard error, within [0, 1]."
+    return float(np.clip(slope - error, 0, 1))
 
 # %% ../nbs/09_metrics.ipynb #6647113b
 def qlike_loss(proxy, forecast) -> np.ndarray:
