@@ -97,20 +97,20 @@ def continues(planted: Planted, phi=0.6, stay=0.98) -> np.ndarray:
     "The exact filter's probability that the next return of `regime_switch` continues the last one, [n]."
     return hamilton_filter(np.r_[planted.features["return"] / SCALE, 0.0], phi, stay)
 
-def follows(learned: Learned, planted: Planted) -> pd.Series:
+def follows(learned: Learned, planted: Planted, **filter) -> pd.Series:
     "Correlation of each member's weight for the direction with that probability, on the test rows; NaN for a weight that stands still."
     weights = weight_frame(learned.ensemble, learned.x)[learned.test].drop(columns="regime")
     moving = weights.loc[:, weights.std() > 1e-6]
-    return moving.corrwith(pd.Series(continues(planted)[learned.test], moving.index)).reindex(weights.columns)
+    return moving.corrwith(pd.Series(continues(planted, **filter)[learned.test], moving.index)).reindex(weights.columns)
 
 # %% ../nbs/28_ensemble_planted.ipynb #7ba4033a
-def plot_following(learned: Learned, planted: Planted, bars=400) -> Figure:
+def plot_following(learned: Learned, planted: Planted, bars=400, **filter) -> Figure:
     "The filter's probability that moves continue, and the weights of the members trained for either regime."
-    weights, probability = weight_frame(learned.ensemble, learned.x)[learned.test][:bars], continues(planted)[learned.test][:bars]
+    weights, probability = weight_frame(learned.ensemble, learned.x)[learned.test][:bars], continues(planted, **filter)[learned.test][:bars]
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(weights.index, 0, probability, color="#dddddd", label="probability that moves continue (exact filter)")
-    for name, color in (("1 bar, continuing", "#0072B2"), ("1 bar, reverting", "#D55E00")): axes.plot(weights.index, weights[name], color=color, label=f"weight of the member trained where they are {name.split()[-1]}")
+    axes.fill_between(weights.index, 0, probability, color="#dddddd", label="probability that moves continue")
+    for name, color in (("1 bar, continuing", "#0072B2"), ("1 bar, reverting", "#D55E00")): axes.plot(weights.index, weights[name], color=color, label=f"weight of '{name}'")
     axes.set(xlabel="bar", ylim=(0, 1), title="Weights of trained members, and a regime that nobody shows them"); axes.margins(x=0)
     figure.legend(loc="outside lower left", ncols=3, frameon=False)
     return figure
@@ -119,21 +119,23 @@ def plot_following(learned: Learned, planted: Planted, bars=400) -> Figure:
 PLANTED = {"noise": (noise, "direction"), "momentum": (momentum, "direction"), "regime switch": (regime_switch, "direction"), "GARCH": (garch, "volatility")}
 
 def contest(names=tuple(PLANTED), seeds=(0, 1, 2), n=4_000, model=SMLSTMConfig(n_features=4, hidden_size=16, n_layers=1), training=QUICK) -> pd.DataFrame:
-    "Regret of ensemble and members on each series and seed: columns series, seed, forecaster and those of `Regret`."
+    "Regret of ensemble and members on each series and seed: columns series, seed, forecaster, those of `Regret`, and on the switch how each weight `follows` the regime."
     config, frames = EnsembleConfig(default_members(model)), []
     for name in names:
         for seed in seeds:
-            learned = learn_together(PLANTED[name][0](n, seed=seed), config, training)
-            frames.append(learned.scores.rename_axis("forecaster").reset_index().assign(series=name, seed=seed))
+            planted = PLANTED[name][0](n, seed=seed)
+            learned = learn_together(planted, config, training)
+            scores = learned.scores.assign(series=name, seed=seed, follows=follows(learned, planted) if name == "regime switch" else np.nan)
+            frames.append(scores.rename_axis("forecaster").reset_index())
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/28_ensemble_planted.ipynb #494c4d0b
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    "Mean regret of the planted kind over seeds: a row for each series, members, equal weights and ensemble beside each other."
+    "Mean regret of the planted kind over seeds: a row for each series, members and rivals and ensemble beside each other, and the ensemble's over the best member's."
     planted = scores.assign(regret=[row[PLANTED[row.series][1]] for _, row in scores.iterrows()])
     table = planted.pivot_table(index="series", columns="forecaster", values="regret", sort=False)
-    members = table.drop(columns=["equal weights", "ensemble"])
-    return table.assign(best_member=members.min(axis=1), ratio=table.ensemble / members.min(axis=1))
+    best, chosen = table.drop(columns=["equal weights", "chosen before", "ensemble"]).min(axis=1), table["chosen before"]
+    return table.assign(best_member=best, over_best=table.ensemble / best, over_chosen=table.ensemble / chosen)
 
 # %% ../nbs/28_ensemble_planted.ipynb #73a01086
 def plot_contest(scores: pd.DataFrame) -> Figure:
