@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOCUS', 'Split', 'Loaders', 'HEADS', 'COLORS', 'rolling_blocks', 'join_states', 'read_turns', 'read_blocks',
            'MemberConfig', 'MemberState', 'Member', 'shape_of', 'Together', 'in_turn', 'Record', 'agreement',
-           'reading_of_news', 'the_usual', 'MetaState', 'Weighing', 'MetaNetwork', 'EnsembleConfig', 'EnsembleState',
+           'reading_of_news', 'the_usual', 'MetaNetwork', 'MetaState', 'Weighing', 'EnsembleConfig', 'EnsembleState',
            'SMLSTMEnsemble', 'ensemble_config', 'load_ensemble', 'load_network', 'inner_folds', 'member_heads',
            'continuation', 'focused', 'fit_member', 'out_of_fold', 'start_from_standing', 'row_losses', 'beyond_chance',
            'believe', 'fit_meta', 'fit_ensemble', 'quicker', 'default_members', 'weight_frame', 'plot_weights']
@@ -192,19 +192,6 @@ def the_usual(y: np.ndarray, pos_weight: float = 1.0) -> np.ndarray:
     return np.sign(constant) * np.maximum(np.abs(constant) - error, 0) + [0, np.log(pos_weight), 0]
 
 # %% ../nbs/15_ensemble.ipynb #a7395269
-class MetaState(NamedTuple):
-    "What a meta network carries from one call to the next."
-    cell: CellState
-    record: Record
-
-
-class Weighing(NamedTuple):
-    "Who is believed, and in which regime."
-    weights: Tensor  # [B, T, 3, M + 1] for price, direction and volatility; the last column is nobody's; sum to one
-    regimes: Tensor  # [B, T, R] sum to one
-    state: MetaState
-
-
 class MetaNetwork(nn.Module):
     "What members say [B, T, 3 M] beside features [B, T, F] to weights, and to a `Forecast`."
 
@@ -223,28 +210,47 @@ class MetaNetwork(nn.Module):
             self.portfolios[..., :-1] = -torch.tensor(scales, dtype=torch.float32).log()
             self.portfolios[..., -1] = -2.0
 
-    def lately(self, z: Tensor, record: Optional[Record] = None) -> tuple[Tensor, Record]:
-        "How well each head of each member agreed with what came, in standard errors of a guess, [B, T, 3 M]."
-        said, x = z.tensor_split([3 * self.n_members], -1)
-        nothing = Record(z.new_zeros(len(z), self.horizon, said.shape[-1]), z.new_zeros(len(z), 3, said.shape[-1]))
-        came = F.linear(x, self.news[:, :-1], self.news[:, -1])
-        agreed, record = agreement(said - self.base.repeat(self.n_members), came.repeat(1, 1, self.n_members), record or nothing, self.span)
-        return self.span**0.5 * agreed, record
+# %% ../nbs/15_ensemble.ipynb #30b98bee
+class MetaState(NamedTuple):
+    "What a meta network carries from one call to the next."
+    cell: CellState
+    record: Record
 
-    def weigh(self, z: Tensor, state: Optional[MetaState] = None) -> Weighing:
-        "Weights from [B, T, 3 M + F], from `state` (None starts empty)."
-        cell, record = state or (None, None)
-        lately, record = self.lately(z, record)
-        stream = self.embed(torch.cat([z, lately], -1))
-        h, _, cell = self.cell(stream, cell)
-        regimes = self.regimes(self.norm(stream + self.drop(h))).softmax(-1)
-        return Weighing(torch.einsum("btr,rhm->bthm", regimes, self.portfolios.softmax(-1)), regimes, MetaState(cell, record))
 
-    def forward(self, z: Tensor, state: Optional[MetaState] = None) -> tuple[Forecast, MetaState]:
-        weights, regimes, state = self.weigh(z, state)
-        said = z[..., :3 * self.n_members].unflatten(-1, (self.n_members, 3)).mT
-        heads = (weights[..., :-1] * said).sum(-1) + weights[..., -1] * self.base
-        return Forecast(*heads.unbind(-1), regimes), state
+class Weighing(NamedTuple):
+    "Who is believed, and in which regime."
+    weights: Tensor  # [B, T, 3, M + 1] for price, direction and volatility; the last column is nobody's; sum to one
+    regimes: Tensor  # [B, T, R] sum to one
+    state: MetaState
+
+
+@patch
+def lately(self: MetaNetwork, z: Tensor, record: Optional[Record] = None) -> tuple[Tensor, Record]:
+    "How well each head of each member agreed with what came, in standard errors of a guess, [B, T, 3 M]."
+    said, x = z.tensor_split([3 * self.n_members], -1)
+    nothing = Record(z.new_zeros(len(z), self.horizon, said.shape[-1]), z.new_zeros(len(z), 3, said.shape[-1]))
+    came = F.linear(x, self.news[:, :-1], self.news[:, -1])
+    agreed, record = agreement(said - self.base.repeat(self.n_members), came.repeat(1, 1, self.n_members), record or nothing, self.span)
+    return self.span**0.5 * agreed, record
+
+
+@patch
+def weigh(self: MetaNetwork, z: Tensor, state: Optional[MetaState] = None) -> Weighing:
+    "Weights from [B, T, 3 M + F], from `state` (None starts empty)."
+    cell, record = state or (None, None)
+    lately, record = self.lately(z, record)
+    stream = self.embed(torch.cat([z, lately], -1))
+    h, _, cell = self.cell(stream, cell)
+    regimes = self.regimes(self.norm(stream + self.drop(h))).softmax(-1)
+    return Weighing(torch.einsum("btr,rhm->bthm", regimes, self.portfolios.softmax(-1)), regimes, MetaState(cell, record))
+
+
+@patch
+def forward(self: MetaNetwork, z: Tensor, state: Optional[MetaState] = None) -> tuple[Forecast, MetaState]:
+    weights, regimes, state = self.weigh(z, state)
+    said = z[..., :3 * self.n_members].unflatten(-1, (self.n_members, 3)).mT
+    heads = (weights[..., :-1] * said).sum(-1) + weights[..., -1] * self.base
+    return Forecast(*heads.unbind(-1), regimes), state
 
 # %% ../nbs/15_ensemble.ipynb #e34c9a2f
 @dataclass(frozen=True)
