@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExportError', 'need', 'flat_state', 'whole_state', 'Step', 'Window', 'quietly', 'write_onnx', 'frozen', 'export_step',
-           'export_window', 'open_onnx', 'onnx_state', 'onnx_step', 'side_by_side']
+           'export_window', 'open_onnx', 'onnx_state', 'onnx_step', 'compile_step', 'open_compiled', 'side_by_side']
 
 # %% ../nbs/25_export.ipynb #91d71f64
 import copy
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Callable
 from uuid import uuid4
 
 import numpy as np
@@ -24,7 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .model import SMLSTM, Forecast, ModelState, empty_state, map_state
+from .model import SMLSTM, Forecast, ModelState, SMLSTMConfig, empty_state, map_state
 
 # %% ../nbs/25_export.ipynb #f703e5fe
 class ExportError(RuntimeError):
@@ -139,6 +140,42 @@ def onnx_step(session, x: np.ndarray, state: dict) -> tuple[Forecast, dict]:
     parts = session.run(None, {"x": x, **state})
     count = len(Forecast._fields)
     return Forecast(*parts[:count]), dict(zip(state, parts[count:]))
+
+# %% ../nbs/25_export.ipynb #d669a7e2
+def compile_step(
+    model: SMLSTM,
+    path,  # of the .pt2 package
+) -> Path:
+    "Compile the streaming step for this kind of processor, for any batch. ExportError where that fails, as without a C++ compiler."
+    path = Path(path)
+    if path.suffix != ".pt2": raise ExportError(f"{path}: torch wants the name of a package to end in .pt2")
+    model, batch, beside = frozen(model), torch.export.Dim("batch"), path.with_name(f".{path.stem}.{uuid4().hex}.pt2")
+    state = [x.clone() for x in flat_state(empty_state(model.config, 2)).values()]  # what is one tensor here would be one for ever
+    about = {"aot_inductor.metadata": {"smlstm_config": json.dumps(asdict(model.config))}}
+    try:
+        with quietly(), torch.no_grad():
+            program = torch.export.export(Step(model), (torch.zeros(2, model.config.n_features), *state), dynamic_shapes=({0: batch}, tuple({0: batch} for _ in state)))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(beside), inductor_configs=about)
+        os.replace(beside, path)
+    except Exception as error: raise ExportError(f"the step was not compiled; is there a C++ compiler? {type(error).__name__}: {error}") from error
+    finally: beside.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/25_export.ipynb #eb7b6eca
+def open_compiled(path) -> Callable[[Tensor, ModelState], tuple[Forecast, ModelState]]:
+    "The step of `compile_step`'s package: x [B, F] and a state (None starts empty). ExportError for any other file."
+    try:
+        run = torch._inductor.aoti_load_package(str(path))
+        config = SMLSTMConfig(**json.loads(run.get_metadata()["smlstm_config"]))
+    except Exception as error: raise ExportError(f"{path} is not a step that compile_step wrote: {error}") from error
+
+    def step(x: Tensor, state: ModelState = None) -> tuple[Forecast, ModelState]:
+        if state is None: state = empty_state(config, len(x))
+        tensors = []
+        map_state(lambda tensor: tensors.append(tensor.contiguous()), state)
+        out = run(x.contiguous(), *tensors)
+        return Forecast(*out[:4]), whole_state(state, out[4:])
+    return step
 
 # %% ../nbs/25_export.ipynb #7cdd771f
 def side_by_side(
