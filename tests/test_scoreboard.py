@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smlstm.scoreboard import MEASURES, Figure, calendar_folds, judged, main, measure, random_walk, read_figures, scoreboard
+from smlstm.scoreboard import MEASURES, PARTS, Figure, calendar_folds, judged, main, measure, random_walk, read_figures, scoreboard
 
 RECORD = Path(__file__).parent.parent / "nbs" / "scoreboard.json"
 
@@ -22,6 +22,16 @@ def test_every_recorded_verdict_follows_from_its_numbers():
     facts = {figure.what.split(",")[0]: figure for figure in read_figures(RECORD)}
     momentum = facts["planted momentum"]
     assert momentum.holds == (sorted(momentum.facts["share"])[2] >= 0.95)
+    for what in ("momentum", "regime switch"):
+        parts = facts[f"parts of the model on the planted {what}"]
+        middle = {name: sorted(shares)[2] for name, shares in parts.facts.items()}
+        assert set(middle) == set(PARTS) and parts.holds == (middle["SM-LSTM"] >= max(middle.values()) - 0.01)
+    switch = facts["planted regime switch"]
+    middle = {name: sorted(shares)[2] for name, shares in switch.facts.items()}
+    assert switch.holds == (middle["SM-LSTM"] >= 0.85 and middle["SM-LSTM"] > max(middle["no regimes"], middle["nn.LSTM"]))
+    garch = facts["planted GARCH(1"]
+    way = sorted((c - ours) / (c - best) for c, ours, best in zip(*(garch.facts[name] for name in ("constant", "SM-LSTM", "true variance")), strict=True))[2]
+    assert garch.holds == (way >= 0.85) and f"{garch.facts['best possible']:.4f}" in garch.measured
     recall = facts["associative recall"]
     assert recall.holds == (recall.facts["SM-LSTM"] > 0.99 and max(recall.facts["nn.LSTM"].values()) < 0.6)
     noise = facts["pure noise"]
