@@ -13,8 +13,8 @@ __all__ = ['UNCUT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mixing', 'MixedState',
            'projected', 'weighted', 'tall', 'wide', 'by_regime', 'attend_pairs_back', 'pairs_read_back',
            'pairs_written_back', 'projected_back', 'in_stretches', 'ByHand', 'back_by_hand', 'heads_first',
            'Coefficients', 'coefficients', 'in_rows', 'in_pairs', 'first_states', 'last_memory', 'mixed_by_hand',
-           'cut_mixing', 'last_mixed', 'segments', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat',
-           'only_once', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla']
+           'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat', 'only_once',
+           'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smlstm.memory import (
-    SEGMENT, STRETCH, at_least_float32, carry, chain, chain_back, check_inputs, cut, decay_matrix, finite_log, future, goes_by_hand, initial_memory, joined,
+    LONG_SEGMENT, SEGMENT, STRETCH, at_least_float32, carry, chain, chain_back, check_inputs, cut, decay_matrix, finite_log, future, goes_by_hand, initial_memory, joined,
     normalized_read, started, stretches, suffix_sum,
 )
 from .stabilization import faded_exp, running_stabilizer, stabilize_gates
@@ -410,10 +410,10 @@ def attend_rows_back(x: Rows, to: Rows, scores: Tensor, g: Tensor, g_scores: Ten
 
 # %% ../nbs/05_mixing.ipynb #9dc69e95
 @patch
-def forward(self: Rows, first: Tensor, out: Tensor, scores: Tensor) -> tuple[Tensor, tuple]:
-    "Fill `out`, `scores` from the states before, [1 + N, B, d, d]; returns those after, and what the way back needs."
+def forward(self: Rows, first: list, out: Tensor, scores: Tensor) -> tuple[list, tuple]:
+    "Fill `out`, `scores` from the 1 + N states before, [B, d, d] each; returns those after, and what the way back needs."
     attend_rows(self, out, scores)
-    c = len(self.q) // first.shape[1]
+    c = len(self.q) // len(first[0])
     keep, cross = self.keep.T.view(len(first), c, -1, 1, 1), (self.cross @ self.side)[..., None]
     states = [started(M, c) for M in first]
     C, answers = states[0][:-1].flatten(0, 1), None
@@ -426,7 +426,7 @@ def forward(self: Rows, first: Tensor, out: Tensor, scores: Tensor) -> tuple[Ten
         else:
             answers = torch.bmm(self.q, before.mT)
             out.addcmul_(answers, self.carried @ self.side)
-    return torch.stack([M[-1] for M in states]), (answers, *states)
+    return [M[-1] for M in states], (answers, *states)
 
 # %% ../nbs/05_mixing.ipynb #690027f6
 def written_back(x: Rows, to: Rows, n: int, ends: Tensor) -> None:
@@ -468,14 +468,14 @@ def crossed_back(x: Rows, to: Rows, n: int, C: Tensor, ends: Tensor, D: Tensor) 
 
 # %% ../nbs/05_mixing.ipynb #0903eb9d
 @patch
-def backward(self: Rows, to: Rows, kept: tuple, scores: Tensor, ends: Tensor, g: Tensor, g_scores: Tensor) -> Tensor:
+def backward(self: Rows, to: Rows, kept: tuple, scores: Tensor, ends: list, g: Tensor, g_scores: Tensor) -> list:
     "Fill `to`; from the gradients of the states after, of what was read and of the scores to those of the states before."
     attend_rows_back(self, to, scores, g, g_scores)
     answers, *states = kept
-    keep = self.keep.T.view(len(states), -1, ends.shape[1], 1, 1)
+    keep = self.keep.T.view(len(states), -1, len(ends[0]), 1, 1)
     C, to_C = states[0][:-1].flatten(0, 1), torch.empty_like(states[0])
     memory_read_back(self, to, answers, C, g, to_C[:-1].flatten(0, 1))
-    firsts = torch.empty_like(ends)
+    firsts = list(ends)
     for n in (*range(1, len(states)), 0):
         M, D = states[n][:-1].flatten(0, 1), torch.empty_like(to_C) if n else to_C
         D[-1] = ends[n]
@@ -531,21 +531,21 @@ def by_regime(pairs: Tensor) -> Tensor:
 
 # %% ../nbs/05_mixing.ipynb #1ce41ac5
 @patch
-def forward(self: Pairs, first: Tensor, out: Tensor, scores: Tensor) -> tuple[Tensor, tuple]:
-    "As for `Rows`, from P and X before, transposed, [R + N, B, d, d]; scores are [G, t, u, R]."
-    R, c = len(self.left), len(self.q) // first.shape[1]
+def forward(self: Pairs, first: list, out: Tensor, scores: Tensor) -> tuple[list, tuple]:
+    "As for `Rows`, from P and X before, R + N transposed matrices; scores are [G, t, u, R]."
+    R, c = len(self.left), len(self.q) // len(first[0])
     keys, values = projected(self.k, self.right), projected(self.v, self.left)
     torch.bmm(self.q, keys.flatten(1, 2).mT, out=scores.flatten(2))
     torch.bmm((self.mask * scores).flatten(2), values.flatten(1, 2), out=out)
-    P, X = (started(states.transpose(0, 1), c) for states in (first[:R], first[R:]))
-    keep = self.keep.view(c, first.shape[1], -1, 1, 1)
+    P, X = (started(torch.stack(states, 1), c) for states in (first[:R], first[R:]))
+    keep = self.keep.view(c, len(first[0]), -1, 1, 1)
     torch.bmm(by_regime(keys * self.last[..., None, None]).mT, by_regime(values), out=P[1:].flatten(0, 2))
     chain(P, keep[:, :, :1])
     torch.bmm(weighted(self.write, keys).mT, values.flatten(1, 2), out=tall(X[1:]))
     wide(X[1:]).baddbmm_(self.cross, wide(P[:-1]))
     chain(X, keep[:, :, 1:])
     for weights, states in ((self.carried, P), (self.read, X)): out.baddbmm_(weighted(weights, self.q), tall(states[:-1]))
-    return torch.cat([P[-1], X[-1]], 1).transpose(0, 1), (P, X, keys, values)
+    return [*P[-1].unbind(1), *X[-1].unbind(1)], (P, X, keys, values)
 
 # %% ../nbs/05_mixing.ipynb #876d65c9
 def attend_pairs_back(x: Pairs, to: Pairs, keys: Tensor, values: Tensor, scores: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -559,13 +559,13 @@ def attend_pairs_back(x: Pairs, to: Pairs, keys: Tensor, values: Tensor, scores:
     return torch.bmm(to_scores.mT, x.q).view_as(keys), to_values
 
 
-def pairs_read_back(q: Tensor, to_q: Tensor, weights: Tensor, to_weights: Tensor, states: Tensor, end: Tensor, g: Tensor) -> Tensor:
-    "What the readings of states [c + 1, B, n, d, d] by weights [G, t, n] tell them, with `end` [n, B, d, d] as the last."
+def pairs_read_back(q: Tensor, to_q: Tensor, weights: Tensor, to_weights: Tensor, states: Tensor, end: list, g: Tensor) -> Tensor:
+    "What the readings of states [c + 1, B, n, d, d] by weights [G, t, n] tell them, with `end`, n of [B, d, d], as the last."
     told = torch.bmm(g, tall(states[:-1]).mT).unflatten(2, (-1, q.shape[-1]))
     for n in range(told.shape[2]): to_q.addcmul_(told[:, :, n], weights[..., n, None])
     torch.sum(told.mul_(q[:, :, None]), -1, out=to_weights)
     D = torch.empty_like(states)
-    D[-1] = end.transpose(0, 1)
+    torch.stack(end, 1, out=D[-1])
     torch.bmm(weighted(weights, q).mT, g, out=tall(D[:-1]))
     return D
 
@@ -591,10 +591,10 @@ def projected_back(x: Tensor, side: Tensor, to: Tensor, to_x: Tensor, to_side: T
 
 # %% ../nbs/05_mixing.ipynb #1d03792b
 @patch
-def backward(self: Pairs, to: Pairs, kept: tuple, scores: Tensor, ends: Tensor, g: Tensor, _) -> Tensor:
+def backward(self: Pairs, to: Pairs, kept: tuple, scores: Tensor, ends: list, g: Tensor, _) -> list:
     "As for `Rows`; nothing but what is read depends on the scores."
     R, (P, X, keys, values) = len(self.left), kept
-    keep = self.keep.view(-1, ends.shape[1], self.keep.shape[1], 1, 1)
+    keep = self.keep.view(-1, len(ends[0]), self.keep.shape[1], 1, 1)
     to_keys, to_values = attend_pairs_back(self, to, keys, values, scores, g)
     D_P = pairs_read_back(self.q, to.q, self.carried, to.carried, P, ends[:R], g)
     D_X = pairs_read_back(self.q, to.q, self.read, to.read, X, ends[R:], g)
@@ -607,7 +607,7 @@ def backward(self: Pairs, to: Pairs, kept: tuple, scores: Tensor, ends: Tensor, 
     pairs_written_back(self, to, keys, values, to_keys, to_values, D_P[1:], D_X[1:])
     projected_back(self.k, self.right, to_keys, to.k, to.right)
     projected_back(self.v, self.left, to_values, to.v, to.left)
-    return torch.cat([D_P[0], D_X[0]], 1).transpose(0, 1)
+    return [*D_P[0].unbind(1), *D_X[0].unbind(1)]
 
 # %% ../nbs/05_mixing.ipynb #7a9b1dde
 UNCUT = ("side", "left", "right")
@@ -628,11 +628,11 @@ class ByHand(torch.autograd.Function):
     @torch.no_grad()
     def forward(kind, first, *x):
         x = kind(*x)
-        out, scores, last, kept = torch.empty_like(x.q), x.mask.new_empty(x.mask.shape if kind is Pairs else x.mask[..., :1, :].shape), first.clone(), []
+        out, scores, last, kept = torch.empty_like(x.q), x.mask.new_empty(x.mask.shape if kind is Pairs else x.mask[..., :1, :].shape), [list(states) for states in first], []
         for h, now, part in in_stretches(x, first):
             last[h], mine = part.forward(last[h], out[h, now], scores[h, now])
             kept += mine
-        return out, scores, last, *kept
+        return out, scores, torch.stack([*map(torch.stack, last)]), *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -659,13 +659,13 @@ class ByHand(torch.autograd.Function):
 def back_by_hand(first: Tensor, x: NamedTuple, scores: Tensor, kept: list, g, g_scores, ends) -> tuple[Tensor, ...]:
     "Gradients of the states before and of `x`, from those of what is read, the scores and the states after (None is 0)."
     zero = lambda y, like: torch.zeros_like(like) if y is None else y.contiguous()
-    g, g_scores, to_states = zero(g, x.q), zero(g_scores, scores), zero(ends, first).clone()
+    g, g_scores, to_states = zero(g, x.q), zero(g_scores, scores), [list(states) for states in zero(ends, first)]
     to = x._replace(**{name: torch.zeros_like(y) if name in UNCUT else torch.empty_like(y) for name, y in zip(x._fields, x)})
     parts = list(zip(in_stretches(x, first), in_stretches(to, first)))
     each = len(kept) // len(parts)
     for i, ((h, now, part), (_, _, to_part)) in reversed(list(enumerate(parts))):
         to_states[h] = part.backward(to_part, kept[i * each : (i + 1) * each], scores[h, now], to_states[h], g[h, now], g_scores[h, now])
-    return to_states, *to
+    return torch.stack([*map(torch.stack, to_states)]), *to
 
 # %% ../nbs/05_mixing.ipynb #fa3cc8f0
 def heads_first(x: Tensor, heads: int) -> Tensor:
@@ -751,19 +751,14 @@ def mixed_by_hand(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state
         return normalized_read(read, n_q, scales.step, theta), MixedState(C, n_end, m[..., -1], X, state.Cm)
 
 # %% ../nbs/05_mixing.ipynb #d7fc5220
-def cut_mixing(mix: Mixing, start: int, stop: int, L: int) -> Mixing:
-    "Steps [start, stop) of a mixing, in chunks of L, [B, 1, c, L, ...]."
-    return mix._replace(**{name: cut(getattr(mix, name), 1, start, stop, L).unsqueeze(1) for name in TIMED})
+def cut_mixing(mix: Mixing, L: int) -> Mixing:
+    "A mixing in chunks of L, [B, 1, c, L, ...]."
+    return mix._replace(**{name: cut(getattr(mix, name), 1, L).unsqueeze(1) for name in TIMED})
 
 
 def last_mixed(state: MixedState, regime: Tensor, mix: Mixing) -> Tensor:
     "Cm of a step that ended in `state` under regime weights [B, R], the second equation at one step."
     return (mix.read[:, None, None] * state.X).sum(2) + mix.skip * mixed_regimes(state.C, regime, mix)
-
-
-def segments(T: int, size: int) -> list[tuple[int, int]]:
-    "[0, T) in pieces of `size`."
-    return [(start, min(T, start + size)) for start in range(0, T, size)]
 
 # %% ../nbs/05_mixing.ipynb #b814573c
 ROWS = 16  # rows of the memories that are held at once
@@ -823,11 +818,13 @@ def mixed_chunkwise(
         return h.to(dtype), state
     form = form or (mixed_by_hand if goes_by_hand(q) else mixed_chunks)
     log_g, outputs = growth(log_f, mix), []
-    for start, stop in segments(T, L * SEGMENT if form is mixed_chunks else T):
-        parts = [cut(x, 2, start, stop, L) for x in (q, k, v)]
-        gates = cut(log_i, 2, start, stop, L, -torch.inf), *(cut(x, 2, start, stop, L) for x in (log_f, log_g))
-        h, state = form(*parts, *gates, cut_mixing(mix, start, stop, L), theta, state)
-        state = state._replace(Cm=last_mixed(state, mix.regime[:, stop - 1], mix))
+    size = L * {mixed_chunks: SEGMENT, mixed_by_hand: LONG_SEGMENT}.get(form, T)
+    split = *(x.split(size, 2) for x in (q, k, v, log_i, log_f, log_g)), *(getattr(mix, name).split(size, 1) for name in TIMED)
+    for q, k, v, log_i, log_f, log_g, *timed in zip(*split):
+        now = mix._replace(**dict(zip(TIMED, timed)))
+        parts = *(cut(x, 2, L) for x in (q, k, v)), cut(log_i, 2, L, -torch.inf), cut(log_f, 2, L), cut(log_g, 2, L)
+        h, state = form(*parts, cut_mixing(now, L), theta, state)
+        state = state._replace(Cm=last_mixed(state, now.regime[:, -1], mix))
         outputs.append(h)
     return joined(outputs, T).to(dtype), state
 
