@@ -420,11 +420,13 @@ def start_from_standing(
     said: np.ndarray,  # out of fold [n, M, 3]
     y: np.ndarray,  # targets [n, 3]
     objective: MultiObjectiveLoss,
-    pull: float = 3e-3,  # towards the weights that `meta` has
+    pull: float = 1e-3,  # towards the weights that `meta` has
+    without: tuple[int, ...] = (),  # members that are left out
 ):
     "Give every regime of `meta` the weights that fit best where they do not move."
     said, y = torch.from_numpy(said).mT, torch.from_numpy(y)[None]
     begin = meta.portfolios[0].detach().clone()
+    begin[:, list(without)] = -20.0
     portfolio = begin.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([portfolio], max_iter=100, line_search_fn="strong_wolfe")
     def loss():
@@ -473,11 +475,12 @@ def fit_meta(config: EnsembleConfig, said: np.ndarray, x: np.ndarray, y: np.ndar
     objective, z = MultiObjectiveLoss(training.pos_weight, training.huber_delta), np.hstack([said.reshape(len(x), -1), x])
     meta.base.copy_(torch.from_numpy(the_usual(y[rows], training.pos_weight)))
     meta.news.copy_(torch.from_numpy(reading_of_news(x[rows], y[rows], config.horizon)))
+    standing, halves = copy.deepcopy(meta), tuple(m for m, member in enumerate(config.members) if member.focus)
+    start_from_standing(standing, said[learn], y[learn], objective, without=halves if len(halves) < len(config.members) else ())
     start_from_standing(meta, said[learn], y[learn], objective)
-    standing, before = copy.deepcopy(meta.state_dict()), row_losses(meta, z[valid], y[valid], objective)
     history = fit(meta, *loaders(z, y, learn, valid, training.seed), training, checkpoint_dir=folder, **options)
-    meta = meta.cpu()
-    if not beyond_chance(before - row_losses(meta, z[valid], y[valid], objective)): meta.load_state_dict(standing)
+    before, after = (row_losses(network.cpu(), z[valid], y[valid], objective) for network in (standing, meta))
+    if not beyond_chance(before - after): meta.load_state_dict(standing.state_dict())
     believe(meta, z[rows], y[rows], training.pos_weight)
     return meta, history
 
@@ -523,8 +526,9 @@ def default_members(
     model: SMLSTMConfig,
     scales: tuple[int, ...] = (1, 5, 21),  # bars, weeks, months of daily bars
 ) -> tuple[MemberConfig, ...]:
-    "The model on each scale, and one for each half of the market on the first."
-    return (MemberConfig(scales[0], model), *(MemberConfig(scales[0], model, focus) for focus in FOCUS), *(MemberConfig(scale, model) for scale in scales[1:]))
+    "The model on each scale; on the first also a twin with other dropout, and one for each half of the market."
+    twin, first = replace(model, dropout=0.0 if model.dropout else 0.1), scales[0]
+    return (MemberConfig(first, model), MemberConfig(first, twin), *(MemberConfig(first, model, focus) for focus in FOCUS), *(MemberConfig(scale, model) for scale in scales[1:]))
 
 # %% ../nbs/15_ensemble.ipynb #333e96dd
 HEADS = ("price", "direction", "volatility")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from smlstm.ensemble import (
-    EnsembleConfig, Member, MemberConfig, SMLSTMEnsemble, Together, default_members, ensemble_config, fit_ensemble, inner_folds,
+    EnsembleConfig, Member, MemberConfig, Record, SMLSTMEnsemble, Together, agreement, default_members, ensemble_config, fit_ensemble, focused, inner_folds,
     load_ensemble, load_network, rolling_blocks, weight_frame,
 )
 from smlstm.model import ModelFileError, SMLSTMConfig, save_model
@@ -28,7 +28,8 @@ def trained_like(config):
         for head in (member.model.heads, member.model.direct):
             torch.nn.init.normal_(head.weight)
     ensemble = SMLSTMEnsemble(config, members)
-    torch.nn.init.normal_(ensemble.meta_network.portfolios)
+    for part in (ensemble.meta_network.portfolios, ensemble.meta_network.news, ensemble.meta_network.base):
+        torch.nn.init.normal_(part)
     return ensemble.eval()
 
 
@@ -36,9 +37,9 @@ KINDS = [default_members(SMALL), default_members(SMALL, (2, 3)), (MemberConfig(4
          default_members(replace(SMALL, n_layers=2, d_state=0, left="full", input_gate="sigmoid"), (1, 7))]
 
 
-@pytest.mark.parametrize("members", KINDS, ids=range(len(KINDS)))
-def test_any_split_any_batch_gives_the_same_forecasts(members):
-    check_pieces(trained_like(EnsembleConfig(members)).double(), torch.randn(3, 45, 3, dtype=torch.float64), ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]))
+@pytest.mark.parametrize("members, horizon", [*((members, 1) for members in KINDS), (KINDS[1], 3)], ids=range(len(KINDS) + 1))
+def test_any_split_any_batch_gives_the_same_forecasts(members, horizon):
+    check_pieces(trained_like(EnsembleConfig(members, horizon=horizon)).double(), torch.randn(3, 45, 3, dtype=torch.float64), ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]))
 
 
 def test_nothing_reaches_back_from_any_step():
@@ -66,6 +67,31 @@ def test_the_batch_has_the_gradients_of_the_loop():
             assert (p.grad is None) == (batched is None) or not batched[m].any()
             if p.grad is not None:
                 torch.testing.assert_close(batched[m], p.grad, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_a_forecast_counts_for_its_record_when_its_outcome_is_known(horizon):
+    said, came = torch.randn(2, 30, 5), torch.randn(2, 30, 5)
+    nothing = Record(torch.zeros(2, horizon, 5), torch.zeros(2, 3, 5))
+    lately, _ = agreement(said, came, nothing)
+    for changed, first in ((said, 10 + horizon), (came, 10)):
+        other = changed.clone()
+        other[:, 10] += 1
+        now, _ = agreement(other if changed is said else said, other if changed is came else came, nothing)
+        moved = (now != lately).any(2).any(0)
+        assert not moved[:first].any() and moved[first:].all()
+
+
+def test_a_member_learns_from_its_half_of_the_rows():
+    (x, y), rows = data(), slice(0, 300)
+    whole, half = focused(y, None, rows), focused(y, "continuing", rows)
+    assert whole is y and set(half[:, 3]) == {0.0, 2.0} and half[rows, 3].mean() == pytest.approx(1)
+    other = focused(y, "reverting", rows)
+    assert (half[:, 3] + other[:, 3] == 2).all()
+    y[200:] = 5
+    assert (focused(y, "continuing", slice(0, 200))[:200] == focused(data()[1], "continuing", slice(0, 200))[:200]).all()
+    with pytest.raises(ValueError, match="focus='up'"):
+        MemberConfig(1, SMALL, "up")
 
 
 def test_only_the_meta_network_learns():

@@ -176,7 +176,7 @@ def test_an_ensemble_leaves_the_same_files_and_goes_on_from_them(tmp_path):
     assert read(folder, "manifest.json")["parameters"]["ensemble"] is True
     assert "Who is believed" in (folder / "report.html").read_text(encoding="utf-8")
     again, written = Forecaster.load(folder), pd.read_csv(folder / "forecasts.csv").iloc[-1]
-    assert isinstance(again.model, SMLSTMEnsemble) and [m.scale for m in again.model.config.members] == [1, 1, 1, 5, 21]
+    assert isinstance(again.model, SMLSTMEnsemble) and [m.scale for m in again.model.config.members] == [1, 1, 1, 1, 5, 21]
     tomorrow = again.predict(load_prices("SPY", "sample", start="2012-01-01"))
     for name in ("forecast_close", "up_probability", "forecast_variance", "regime_1"):
         assert tomorrow[name] == pytest.approx(float(written[name]), rel=1e-9), name
