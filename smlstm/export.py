@@ -106,7 +106,7 @@ def export_step(
 ) -> Path:
     "Write the streaming step: `x` [B, F] and `state.*` in, price, direction, volatility [B], regimes [B, R] and `next.*` out. ExportError without the extra."
     model = frozen(model)
-    state = empty_state(model.config, 2)
+    state = map_state(torch.clone, empty_state(model.config, 2))  # what is one tensor here would be one input
     outputs = [*Forecast._fields, *flat_state(state, "next")]
     return write_onnx(Step(model), {"x": torch.zeros(2, model.config.n_features), **flat_state(state)}, outputs, path, "step")
 
