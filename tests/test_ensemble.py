@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,3 +208,14 @@ def test_rows_after_the_training_rows_have_no_influence():
     same = [torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values())]
     assert all(same)
     assert weight_frame(one, x).iloc[:, :-1].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_record_of_the_contest_is_whole():
+    from smlstm.ensemble_planted import PLANTED, SEEDS, read_scores, summary
+
+    scores = read_scores(Path(__file__).parent.parent / "nbs" / "ensemble.json")
+    rivals = [*EnsembleConfig(default_members(SMALL)).names, "equal weights", "chosen before", "ensemble"]
+    assert [tuple(row) for row in scores[["series", "seed", "forecaster"]].to_numpy()] == [(name, seed, rival) for name in PLANTED for seed in SEEDS for rival in rivals]
+    table = summary(scores)
+    noise = scores[scores.series == "noise"].groupby("forecaster").direction.mean()
+    assert table.over_best["noise"] == pytest.approx(noise["ensemble"] / noise.drop(["equal weights", "chosen before", "ensemble"]).min())
