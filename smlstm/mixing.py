@@ -14,7 +14,8 @@ __all__ = ['UNCUT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mixing', 'MixedState',
            'pairs_written_back', 'projected_back', 'in_stretches', 'ByHand', 'back_by_hand', 'heads_first',
            'Coefficients', 'coefficients', 'in_rows', 'in_pairs', 'first_states', 'last_memory', 'mixed_by_hand',
            'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat', 'only_once',
-           'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat', 'mixed_xla']
+           'fallen', 'FallingSum', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat',
+           'mixed_xla']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
@@ -847,9 +848,10 @@ class ReadFlat(torch.autograd.Function):
             mask, to_scores = Kw @ W, to_read @ v.mT
             read, to_mask = mask * S, to_scores * S
             to_Kw = to_mask @ W.mT
-            to_A.append((back * (read @ v)).sum(1))
+            gathered = read.mT @ back
+            to_A.append((v * gathered).sum(1))
             to_w.append((to_Kw * K).sum(1))
-            to_v, to_S = to_v + read.mT @ to_read, to_S + to_scores * mask
+            to_v, to_S = to_v + A_r[:, None] * gathered, to_S + to_scores * mask
             to_W, to_K = to_W + Kw.mT @ to_mask, to_K + to_Kw * w_r[:, None]
         return to_K, torch.stack(to_w, 1), to_W, to_S, to_v, torch.stack(to_A, 1)
 
@@ -859,6 +861,31 @@ def only_once(*tensors: Tensor) -> None:
     if tensors[0].device.type == "xla":
         import torch_xla
         torch_xla._XLAC._xla_optimization_barrier_(list(tensors))
+
+# %% ../nbs/05_mixing.ipynb #3b8f0d61
+def fallen(p: Tensor, r: Tensor) -> Tensor:
+    "exp(p_t - r_s) where s < t, else 0: p, r [G, L] to [G, t, s]."
+    before = p.new_full((p.shape[-1], p.shape[-1]), -torch.inf).triu()
+    return torch.exp(p[..., None] + before - r[:, None])
+
+
+class FallingSum(torch.autograd.Function):
+    "Sum over n of `fallen(p_n, r_n)` times weights b: all [G, N, L] to [G, t, s]."
+
+    @staticmethod
+    def forward(ctx, p, r, b):
+        ctx.save_for_backward(p, r, b)
+        return sum(fallen(p_n, r_n) * b_n[:, None] for p_n, r_n, b_n in zip(p.unbind(1), r.unbind(1), b.unbind(1)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, back):
+        p, r, b = ctx.saved_tensors
+        sent = [back * fallen(p_n, r_n) for p_n, r_n in zip(p.unbind(1), r.unbind(1))]
+        to_p = torch.stack([(x * b_n[:, None]).sum(2) for x, b_n in zip(sent, b.unbind(1))], 1)
+        to_b = torch.stack([x.sum(1) for x in sent], 1)
+        return to_p, -b * to_b, to_b
+
 
 # %% ../nbs/05_mixing.ipynb #d7e8d06b
 class FlatKernel(NamedTuple):
@@ -874,73 +901,77 @@ def flat_kernel(mix: Mixing, start: Tensor, step: Tensor) -> FlatKernel:
     s, total = mix.persistence, mix.log_decay.cumsum(-1)
     held, c_b = s * torch.exp(torch.cat([start[:, None], step[:, :-1]], -1) - step), mix.read[:, None] * mix.inject
     both = (1 - s)[:, None] * mix.log_decay.exp() + s[:, None]
-    reach = total - mix.log_decay + torch.log(both + 2.0**-100)
+    fell = total - step[:, None]
+    reach = fell - mix.log_decay + torch.log(both + 2.0**-100)
     t = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)
-    ago, fall = t[:, None] - t, step[:, None, :] - step[:, :, None]
-    between = lambda n: (reach[:, n, :, None] - total[:, n, None] + fall).masked_fill(ago < 1, -torch.inf).exp()
-    K = sum(c_b[:, n, None] * between(n) for n in range(len(mix.read)))
-    own = (1 - s) * (c_b.sum(1) + mix.skip)
-    K = torch.where(ago == 0, own[..., None], torch.where(ago == 1, K + (held * mix.skip)[..., None], K))
-    to_end = mix.inject * torch.exp(total[..., -1:] - total + (step - step[:, -1:])[:, None])
-    return FlatKernel(K, to_end, mix.read[:, None] * torch.exp(reach + (start[:, None] - step)[:, None]), held)
+    ago, own = t[:, None] - t, (1 - s) * (c_b.sum(1) + mix.skip)
+    below = F.pad(held[:, 1:], (0, 1)) * mix.skip
+    by_hand = torch.where(ago == 0, own[:, None], torch.where(ago == 1, below[:, None], torch.zeros_like(ago)))
+    to_end = mix.inject * torch.exp(fell[..., -1:] - fell)
+    return FlatKernel(FallingSum.apply(reach, fell, c_b) + by_hand, to_end, mix.read[:, None] * torch.exp(reach + start[:, None, None]), held)
 
 # %% ../nbs/05_mixing.ipynb #df305ffe
 FEW = 8  # chunks whose boundaries are walked one by one on XLA
 
 
-def carry_flat(first: Tensor, updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    "States before each chunk, and the last: first [P, a, b], updates [P, c, a, b], log_decay [P, c], scales of the boundaries m [P, c + 1]."
+def carry_flat(first: Optional[Tensor], updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    "States before each chunk, and the last: first [P, a, b] or None for 0, updates [P, c, a, b], log_decay [P, c], scales of the boundaries m [P, c + 1]."
+    start = torch.zeros_like(updates[:, 0]) if first is None else first
     if updates.shape[1] <= FEW:
-        states, factors = [first], torch.exp(log_decay + m[:, :-1] - m[:, 1:])[..., None, None]
-        for update, factor in zip(updates.unbind(1), factors.unbind(1)): states.append(update + factor * states[-1])
+        states, factors = [start], torch.exp(log_decay + m[:, :-1] - m[:, 1:])[..., None, None]
+        for update, factor in zip(updates.unbind(1), factors.unbind(1)):
+            states.append(update if first is None and len(states) == 1 else update + factor * states[-1])
         return torch.stack(states[:-1], 1), states[-1]
     weights = torch.exp(decay_matrix(F.pad(log_decay, (1, 0))) + m[:, None, :] - m[:, :, None])
-    states = (weights @ torch.cat([first[:, None], updates], 1).flatten(2)).unflatten(2, first.shape[1:])
+    states = (weights @ torch.cat([start[:, None], updates], 1).flatten(2)).unflatten(2, start.shape[1:])
     return states[:, :-1], states[:, -1]
 
 # %% ../nbs/05_mixing.ipynb #d3bc6323
-def read_flat_states(q, k, v, C, w, W, carried, A, kernel: FlatKernel, log_decay, boundary, X0: Tensor) -> tuple[Tensor, Tensor]:
-    "What is read from the states X0 [P, N, d, d] and those after it, [G, L, d], and the last states."
+def read_flat_states(q, k, v, C, w, W, carried, A, kernel: FlatKernel, log_decay, boundary, X0: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    "What is read from the states X0 [P, N, d, d], None for 0, and those after it, [G, L, d], and the last states."
     P, c = boundary.shape[0], boundary.shape[1] - 1
     apart = lambda x: x.unflatten(0, (P, c))
     from_carried = ((kernel.to_end[:, :, None] * w[:, None]) @ carried[:, None, :, None]).squeeze(-1)     # [G, N, R]
     read, last = 0, []
-    for n in range(X0.shape[1]):
+    for n in range(kernel.to_end.shape[1]):
         gains = ((kernel.to_end[:, n, None] * w) @ W).mT @ A                                             # [G, u, d]
         updates = (gains * v).mT @ k + (from_carried[:, n, None] @ A).mT * C
-        X, end = carry_flat(X0[:, n], apart(updates), apart(log_decay[:, n].sum(-1)), boundary)
+        X, end = carry_flat(None if X0 is None else X0[:, n], apart(updates), apart(log_decay[:, n].sum(-1)), boundary)
         read = read + (kernel.from_start[:, n, :, None] * q) @ X.flatten(0, 1).mT
         last.append(end)
     return read, torch.stack(last, 1)
 
 # %% ../nbs/05_mixing.ipynb #c760b003
 def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
-    "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, 1, c, L, ...]; Cm is left as it was."
+    "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, 1, c, L, ...]; Cm is left as it was, and is None where nothing came before."
     B, H, c, L, d = q.shape
     scales, regime = chunk_scales(log_i, log_g, state.m), mix.regime if mix.left is not None else mix.regime.sum(-1, keepdim=True)
     left = q.new_ones(H, 1, d) if mix.left is None else mix.left
     each = lambda x: x.expand(B, H, *x.shape[2:]).flatten(0, 2)
     apart, by_head = lambda x: x.unflatten(0, (B * H, c)), lambda x: x.unflatten(0, (B, H))
-    C0, n0, _, X0, Cm0 = (x.flatten(0, 1) for x in state)
+    begun = state.Cm is not None
+    C0, n0, X0 = (x.flatten(0, 1) if begun else None for x in (state.C, state.n.unsqueeze(2), state.X))
     start, step, boundary = scales.start.flatten(), scales.step.flatten(0, 2), scales.boundary.flatten(0, 1)
     q, k, v, log_i, log_f = (x.flatten(0, 2) for x in (q, k, v, log_i, log_f))
     w, A = each(regime.mT), left[None, :, None].expand(B, H, c, *left.shape[1:]).flatten(0, 2)
     mix = mix._replace(log_decay=each(mix.log_decay.mT), inject=each(mix.inject.mT), persistence=each(mix.persistence))
     kernel, faded = flat_kernel(mix, start, step), log_f.cumsum(-1)
-    W, carried = torch.exp(decay_matrix(log_f) + log_i[:, None] - step[..., None]), torch.exp(faded + start[:, None] - step)
+    fell, rise = faded - step, log_i - faded
+    W, carried = torch.exp(fell[..., None] + future(fell) + rise[:, None]), torch.exp(fell + start[:, None])
     only_once(kernel.inside, W)
-    kept = k * torch.exp(log_i + faded[:, -1:] - faded - step[:, -1:])[..., None]
+    kept = k * torch.exp(rise + fell[:, -1:])[..., None]
     C, C_end = carry_flat(C0, apart(v.mT @ kept), apart(faded[:, -1]), boundary)
-    n, n_end = carry_flat(n0[:, None], apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
+    n, n_end = carry_flat(n0, apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
     C, n, S = C.flatten(0, 1), n.flatten(0, 1), q @ k.mT
     read, X_end = read_flat_states(q, k, v, C, w, W, carried, A, kernel, mix.log_decay, boundary, X0)
     skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[..., :-1, -1, :], (0, 0, 1, 0)))[:, None]
     onto = kernel.inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, L - 1))                   # [G, t, R]
-    unexplained = (Cm0 - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
-    first = apart(kernel.held)[:, 0, :1] * unexplained.squeeze(-1)
     numerator = ReadFlat.apply(kernel.inside, w, W, S, v, A) + (onto @ A) * (q @ C.mT) + read
-    numerator = numerator + F.pad(first[:, None, None], (0, 0, 0, L - 1, 0, c - 1)).flatten(0, 1)
-    h = normalized_read(numerator, (W * S).sum(-1) + carried * (q * n).sum(-1), step, theta)
+    if begun:
+        unexplained = (state.Cm.flatten(0, 1) - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
+        first = apart(kernel.held)[:, 0, :1] * unexplained.squeeze(-1)
+        numerator = numerator + F.pad(first[:, None, None], (0, 0, 0, L - 1, 0, c - 1)).flatten(0, 1)
+    h = normalized_read(numerator, ((W @ k + carried[..., None] * n) * q).sum(-1), step, theta)
     end = MixedState(by_head(C_end), by_head(n_end.squeeze(1)), scales.boundary[..., -1], by_head(X_end), state.Cm)
     return h.view(B, H, c, L, d), end
 
@@ -950,4 +981,6 @@ XLA_CHUNK = 128  # the width of a tile; chosen by the compiler's figures in the 
 
 def mixed_xla(q, k, v, log_i, log_f, mix: Mixing, theta: float = 1.0, state: Optional[MixedState] = None, chunk_size: int = XLA_CHUNK) -> tuple[Tensor, MixedState]:
     "`mixed_chunkwise`, laid out for XLA: a graph whose size does not grow with the length."
-    return mixed_chunkwise(q, k, v, log_i, log_f, mix, theta, state, chunk_size, mixed_flat if rowwise(mix) else mixed_chunks)
+    if mix.network is not None or not rowwise(mix): return mixed_chunkwise(q, k, v, log_i, log_f, mix, theta, state, chunk_size, mixed_chunks)
+    state = state or initial_mixed(*at_least_float32(k, v), mix.read.shape[0])._replace(Cm=None)
+    return mixed_chunkwise(q, k, v, log_i, log_f, mix, theta, state, chunk_size, mixed_flat)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PINS', 'SETTINGS', 'CHIPS', 'LINE', 'BYTES', 'FREE', 'COUNTED', 'FORMS', 'TABLES', 'DEFAULT', 'WATCHED',
            'PreflightError', 'installed', 'check_tools', 'xla_device', 'captured', 'Chip', 'check_chip', 'DoesNotFit',
-           'loaded', 'compiled', 'Instruction', 'computations', 'origin', 'instructions', 'Size', 'size', 'padding',
-           'graph_size', 'disliked', 'Names', 'example', 'training_step', 'streaming_step', 'Program', 'examined',
-           'short', 'refused', 'examine', 'Report', 'preflight', 'summary', 'costliest', 'largest', 'described',
-           'as_dict', 'from_dict', 'read_figures', 'preflight_apart', 'check_fits', 'check_run', 'PlainCell',
-           'LSTMCell', 'materialized', 'MaterializedCell', 'model_with', 'row', 'write_figures', 'measure', 'recorded',
-           'compared', 'check_record', 'arguments', 'main', 'answer']
+           'loaded', 'compiled', 'Instruction', 'computations', 'origin', 'turns', 'instructions', 'Size', 'size',
+           'padding', 'graph_size', 'disliked', 'Names', 'example', 'training_step', 'streaming_step', 'Program',
+           'examined', 'short', 'refused', 'examine', 'Report', 'preflight', 'summary', 'costliest', 'largest',
+           'described', 'as_dict', 'from_dict', 'read_figures', 'preflight_apart', 'check_fits', 'check_run',
+           'PlainCell', 'LSTMCell', 'materialized', 'MaterializedCell', 'model_with', 'row', 'write_figures', 'measure',
+           'recorded', 'compared', 'check_record', 'arguments', 'main', 'answer']
 
 # %% ../nbs/19_preflight.ipynb #9b2f34cd
 import argparse
@@ -30,19 +30,17 @@ from typing import NamedTuple, Optional
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from .cell import CellConfig, CellOutput, ParallelSMLSTMCell
 from .device import to_device
 from .losses import CurriculumWeights, MultiObjectiveLoss
-from .memory import MemoryState, chunkwise, decay_matrix, normalized_read
-from .mixing import XLA_CHUNK, MixedState, Mixing, growth, initial_mixed, processed
+from .memory import MemoryState, chunkwise
+from .mixing import XLA_CHUNK, MixedState, Mixing, chunk_scales, cut_mixing, fading, growth, initial_mixed, mixing_kernel, processed
 from .model import SMLSTM, SMLSTMConfig, map_state
 from .sequences import Batch
-from .stabilization import stabilize_gates
 from .training import TrainConfig, decay_vector, initial_state, learn, update, write_atomically, write_weights
 
 # %% ../nbs/19_preflight.ipynb #0703a424
@@ -83,6 +81,7 @@ def xla_device() -> torch.device:
         raise PreflightError("torch_xla already runs on another device in this process: use preflight_apart, which starts a process of its own")
     for name, value in SETTINGS.items(): os.environ.setdefault(name, value)
     import torch_xla
+    torch_xla._XLAC._set_ir_debug(True)       # what XLA_IR_DEBUG says was read when torch_xla was imported, perhaps before this
     return torch_xla.device()
 
 # %% ../nbs/19_preflight.ipynb #39518339
@@ -174,12 +173,20 @@ def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 # %% ../nbs/19_preflight.ipynb #afca86da
 def origin(line: str) -> str:
     "Module of the model that a line of a program came from."
-    found = re.search(r'op_name="of_([^"/]*?)(?:\.\d+)?/', line)
+    found = re.search(r'op_name="(?:[^"]*/)?of_([^"/]*?)(?:\.\d+)?/', line)
     return found[1] if found else ""
 
 
+def turns(loop: str, bodies: dict[str, list[str]]) -> Optional[int]:
+    "How often the loop on this line runs: what the compiler knows, or the number that its condition compares with; None where there is neither."
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
+    condition = re.search(r"condition=%([\w.\-]+)", loop)
+    compared = re.findall(r" constant\((\d+)\)", "\n".join(bodies[condition[1]])) if condition else []
+    return int(known[1]) if known else max(map(int, compared), default=None)
+
+
 def instructions(hlo: str) -> list[Instruction]:
-    "What a compiled program runs; bodies of loops as often as the compiler says, else once."
+    "What a compiled program runs; bodies of loops as often as they do, once where that cannot be told."
     bodies, entry = computations(hlo)
     def run(name, times):
         for line in bodies[name]:
@@ -188,8 +195,7 @@ def instructions(hlo: str) -> list[Instruction]:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             yield Instruction(parts["name"], parts["shape"], parts["kind"], cycles and int(cycles[1]), times, origin(line))
             inner = re.search(r" (?:while|call)\(.*(?:body|to_apply)=%([\w.\-]+)", line)
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            if inner: yield from run(inner[1], times * int(trips[1] if trips else 1))
+            if inner: yield from run(inner[1], times * (turns(line, bodies) or 1))
     return list(run(entry, 1))
 
 # %% ../nbs/19_preflight.ipynb #15711d67
@@ -473,20 +479,19 @@ class LSTMCell(nn.Module):
         return CellOutput(h, x.new_zeros(*x.shape[:2], self.n_regimes), state)
 
 # %% ../nbs/19_preflight.ipynb #bc8684ad
-def materialized(q, k, v, log_i, log_f, mix: Mixing, theta: float = 1.0) -> torch.Tensor:
-    "The mixed memory with every C_t [B, H, T, d, d] written down, from an empty state: h [B, H, T, d]."
-    m = stabilize_gates(log_i, growth(log_f, mix)).m
-    writes = torch.exp(decay_matrix(log_f) + log_i[..., None, :] - m[..., None])                # [B, H, t, u]
-    C = (writes @ (v.unsqueeze(-1) * k.unsqueeze(-2)).flatten(-2)).unflatten(-1, (v.shape[-1], -1))
-    Cr = (mix.regime[:, None, ..., None, None] * processed(C, mix.left, mix.right)).sum(3)      # [B, H, T, d, d]
-    fall = (m[..., None, :] - m[..., :, None]).unsqueeze(2)
-    each = torch.exp(decay_matrix(mix.log_decay.mT)[:, None] + fall)                            # [B, H, N, t, s]
-    K = (each * (mix.read * mix.inject).mT[:, None, :, None]).sum(2) + mix.skip * torch.eye(m.shape[-1], device=m.device, dtype=m.dtype)
-    Cm = (K @ Cr.flatten(-2)).view_as(Cr)
-    s = mix.persistence[:, None, :, None, None]
-    before = F.pad(Cm[:, :, :-1], (0, 0, 0, 0, 1, 0)) * torch.exp(F.pad(m, (1, 0))[..., :-1] - m)[..., None, None]
-    Cf = (1 - s) * Cm + s * before
-    return normalized_read((Cf @ q[..., None]).squeeze(-1), ((writes @ k) * q).sum(-1), m, theta)
+def materialized(q, k, v, log_i, log_f, mix: Mixing, theta: float = 1.0) -> Tensor:
+    "The mixed memory with all memories [B, H, T, d, d] at hand, and twice more of each: h [B, H, T, d]."
+    T = q.shape[2]
+    log_i, log_f, log_g = (x.unsqueeze(2) for x in (log_i, log_f, growth(log_f, mix)))
+    scales = chunk_scales(log_i, log_g, torch.zeros_like(log_i[:, :, 0, 0]))
+    fade, kernel = fading(log_i, log_f, scales).written[:, :, 0], mixing_kernel(cut_mixing(mix, T), scales).inside[:, :, 0]
+    C = (fade @ (v[..., :, None] * k[..., None, :]).flatten(3)).unflatten(-1, (v.shape[-1], k.shape[-1]))
+    each = processed(C, mix.left, mix.right)
+    Cr = torch.einsum("btr,bhtrij->bhtij", mix.regime, each.expand(*each.shape[:3], mix.regime.shape[-1], -1, -1))
+    Cf = (kernel @ Cr.flatten(3)).view_as(Cr)
+    floor = (theta * torch.exp(-scales.step[:, :, 0])).clamp(min=1e-15)
+    n_q = ((fade @ k) * q).sum(-1).abs()
+    return (Cf @ q[..., None]).squeeze(-1) / torch.maximum(n_q, floor)[..., None]
 
 
 class MaterializedCell(ParallelSMLSTMCell):
@@ -517,7 +522,7 @@ def row(chip="v5e", form="fused", seq_length=256, batch_size=64, **changes) -> d
 TABLES = {
     "forms": [dict(form=form) for form in FORMS] + [dict(form=form, n_heads=1) for form in ("fused", "plain")],
     "chunks": [dict(xla_chunk_size=L) for L in (32, 64, 128, 256)],
-    "lengths": [dict(seq_length=T, batch_size=16, hidden_size=32) for T in (1024, 2048, 4096)],
+    "lengths": [dict(seq_length=T, n_heads=1) for T in (256, 1024, 4096)],
     "chips": [dict(chip=chip, seq_length=T, batch_size=16, hidden_size=32) for chip in CHIPS for T in (128, 512)],
 }
 

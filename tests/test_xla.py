@@ -1,5 +1,6 @@
 """The XLA leg: real tracing and real compiles, on torch_xla's CPU device. Run it with `.ci/xla`."""
 
+import copy
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import torch_xla
 import torch_xla.debug.metrics as metrics
 
 import smlstm.training as training
+from smlstm.cell import CellConfig, ParallelSMLSTMCell
 from smlstm.device import get_rng_state, pick_device, read, seed_everything, set_rng_state, to_device
 from smlstm.losses import CurriculumWeights
 from smlstm.memory import chunkwise, random_inputs, recurrent
@@ -326,3 +328,23 @@ def test_the_main_flow_runs_there_with_the_same_forecasts(tmp_path):
 def run_flow(folder, **parameters):
     folder.mkdir()
     return main_flow(folder, **parameters)
+
+
+# ---- a sequence longer than what is read at once
+
+def test_a_loop_over_a_long_sequence_gives_the_same_numbers():
+    """Two blocks of rows, two stretches and a rest after them; forward, last state and every gradient."""
+    torch.manual_seed(0)
+    cell, x = ParallelSMLSTMCell(CellConfig(hidden_size=4, n_heads=1, n_regimes=2, d_state=1, window=3)).double(), torch.randn(4, 14, 4, dtype=torch.float64)
+
+    def numbers(cell, read, x):
+        x = x.requires_grad_()
+        h, regimes, state = read(x)
+        loss = h.square().sum() + (regimes * h[..., :2]).sum() + state.memory.X.square().sum() + state.signals.fast.sum()
+        with torch.autograd.set_multithreading_enabled(False): grads = torch.autograd.grad(loss, [x, *cell.parameters()])      # as in training
+        return [h, regimes, state.memory.Cm, state.signals.window, *grads]
+
+    there = copy.deepcopy(cell).to("xla")
+    looped, whole = numbers(there, lambda x: there.in_turns(x, None, 2, 6), x.to("xla")), numbers(cell, cell, x.clone())
+    torch_xla.sync()
+    for a, b in zip(looped, whole): torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
