@@ -521,7 +521,7 @@ def row(chip="v5e", form="fused", seq_length=256, batch_size=64, **changes) -> d
 # %% ../nbs/19_preflight.ipynb #de25e5d9
 TABLES = {
     "forms": [dict(form=form) for form in FORMS] + [dict(form=form, n_heads=1) for form in ("fused", "plain")],
-    "chunks": [dict(xla_chunk_size=L, batch_size=16) for L in (32, 64, 128, 256)],
+    "chunks": [dict(xla_chunk_size=L, batch_size=B) for B, L in ((16, 32), (16, 64), (16, 128), (16, 256), (64, 128), (64, 256))],
     "lengths": [dict(seq_length=T, n_heads=1) for T in (256, 1024, 4096)],
     "chips": [dict(chip=chip, seq_length=T, batch_size=16, hidden_size=32) for chip in CHIPS for T in (128, 512)],
 }
