@@ -106,7 +106,7 @@ def export_step(
 ) -> Path:
     "Write the streaming step: `x` [B, F] and `state.*` in, price, direction, volatility [B], regimes [B, R] and `next.*` out. ExportError without the extra."
     model = frozen(model)
-    state = map_state(torch.clone, empty_state(model.config, 2))  # what is one tensor here would be one input
+    state = empty_state(model.config, 2)
     outputs = [*Forecast._fields, *flat_state(state, "next")]
     return write_onnx(Step(model), {"x": torch.zeros(2, model.config.n_features), **flat_state(state)}, outputs, path, "step")
 
@@ -150,7 +150,7 @@ def compile_step(
     path = Path(path)
     if path.suffix != ".pt2": raise ExportError(f"{path}: torch wants the name of a package to end in .pt2")
     model, batch, beside = frozen(model), torch.export.Dim("batch"), path.with_name(f".{path.stem}.{uuid4().hex}.pt2")
-    state = [x.clone() for x in flat_state(empty_state(model.config, 2)).values()]  # what is one tensor here would be one for ever
+    state = list(flat_state(empty_state(model.config, 2)).values())
     about = {"aot_inductor.metadata": {"smlstm_config": json.dumps(asdict(model.config))}}
     try:
         with quietly(), torch.no_grad():

@@ -222,9 +222,9 @@ class SignalState(NamedTuple):
 
 
 def initial_signal_state(batch: int, window: int = 20, dtype=torch.float32, device=None) -> SignalState:
-    "The state before a series begins."
-    zero = torch.zeros(batch, dtype=dtype, device=device)
-    return SignalState(torch.zeros(batch, window, dtype=dtype, device=device), zero, zero, zero, zero)
+    "The state before a series begins; no two of its tensors share memory."
+    sizes = (window,), *((),) * 4
+    return SignalState(*(torch.zeros(batch, *size, dtype=dtype, device=device) for size in sizes))
 
 # %% ../nbs/04_signals.ipynb #821b9476
 class Signals(NamedTuple):
