@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_is_refused():
 def test_the_graph_does_not_grow_with_the_length():
     config = SMLSTMConfig(n_features=3, hidden_size=8, n_heads=2, n_layers=1)
     sizes = [graph_size(str(loaded(training_step(SMLSTM(config), 1, XLA_CHUNK * chunks)["learn"]))) for chunks in (8, 16, 32)]
-    assert sizes[2] <= sizes[0] and sizes[2] <= 1.02 * sizes[1], sizes
+    assert max(sizes) <= 1.01 * min(sizes), sizes
 
 
 @here
