@@ -234,7 +234,7 @@ def test_a_folder_under_the_name_is_refused(tmp_path):
 
 def test_a_run_keeps_others_out_of_its_folder(tmp_path, monkeypatch):
     def second(*_):
-        with pytest.raises(CheckpointError, match="another run is writing to .*another checkpoint_dir"): train(tmp_path)
+        with pytest.raises(CheckpointError, match="another run is writing to .*another folder"): train(tmp_path)
         raise KeyboardInterrupt
 
     whole = train()[1]
