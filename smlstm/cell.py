@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['XLA_WHOLE', 'XLA_TABLES', 'CellConfig', 'ParallelSMLSTMCell', 'Projected', 'in_parts', 'CellState', 'CellOutput',
-           'loop', 'Turns', 'turn_size']
+           'empty_cell', 'loop', 'Turns', 'turn_size']
 
 # %% ../nbs/06_cell.ipynb #3d954aac
 from dataclasses import dataclass
@@ -153,6 +153,12 @@ class CellOutput(NamedTuple):
     regimes: Tensor  # [B, T, R] weights that sum to one
     state: CellState
 
+
+def empty_cell(config: CellConfig, batch: int = 1, dtype=torch.float32, device=None) -> CellState:
+    "The state before the first step: zeros, no two of which share memory."
+    nothing = torch.zeros(batch, config.n_heads, 1, config.hidden_size // config.n_heads, dtype=dtype, device=device)
+    return CellState(initial_mixed(nothing, nothing, config.d_state or 1), initial_signal_state(batch, config.window, dtype, device))
+
 # %% ../nbs/06_cell.ipynb #6aa97611
 XLA_WHOLE = 512  # steps that XLA reads at once; longer sequences are a loop, see below
 
@@ -234,19 +240,11 @@ class Turns(torch.autograd.Function):
 
 # %% ../nbs/06_cell.ipynb #4d7a02bb
 @patch
-def empty(self: ParallelSMLSTMCell, x: Tensor) -> CellState:
-    "The state before any input [B, T, D]; all of it is 0."
-    (x,) = at_least_float32(x)
-    part = x.new_zeros(len(x), self.config.n_heads, 1, self.head_size)
-    return CellState(initial_mixed(part, part, self.config.d_state or 1), initial_signal_state(len(x), self.config.window, x.dtype, x.device))
-
-
-@patch
 def in_turns(self: ParallelSMLSTMCell, x: Tensor, state: Optional[CellState], rows: int, steps: int) -> CellOutput:
     "Same as `parallel_forward`, as a loop over blocks of `rows`, which must divide the batch (all of it where there is a state), and stretches of `steps`."
     turns, (names, shared) = x.shape[1] // steps, zip(*self.named_parameters())
     rows = len(x) if state else rows
-    first, spec = tree_flatten(state or self.empty(x[:rows]))
+    first, spec = tree_flatten(state or empty_cell(self.config, rows, torch.promote_types(x.dtype, torch.float32), x.device))
     def step(state, shared, x):
         out = torch.func.functional_call(self, dict(zip(names, shared)), (x, tree_unflatten(state, spec)))
         return [new.to(old.dtype) for new, old in zip(tree_flatten(out.state)[0], state)], out[:2]

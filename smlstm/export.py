@@ -10,7 +10,6 @@ __all__ = ['ExportError', 'need', 'flat_state', 'whole_state', 'Step', 'Window',
 import copy
 import json
 import logging
-import os
 import time
 import warnings
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .model import SMLSTM, Forecast, ModelState, SMLSTMConfig, empty_state, map_state
+from .sweep import in_one_step
 
 # %% ../nbs/25_export.ipynb #f703e5fe
 class ExportError(RuntimeError):
@@ -83,16 +82,12 @@ def write_onnx(module: nn.Module, inputs: dict, outputs: list, path, kind: str) 
     "Translate a module; the first axis of every tensor of `inputs`, name to example, is open. `kind` and configuration become metadata."
     need("onnx", "onnxscript")
     path, batch = Path(path), torch.export.Dim("batch")
-    beside = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     x, *state = inputs.values()
     open_axes = ({0: batch}, tuple({0: batch} for _ in state)) if state else ({0: batch},)
     with quietly():
         program = torch.onnx.export(module, (x, *state), dynamo=True, input_names=list(inputs), output_names=outputs, dynamic_shapes=open_axes, verbose=False)
         program.model.metadata_props.update(kind=kind, smlstm_config=json.dumps(asdict(module.model.config)))
-        try:
-            program.save(str(beside), external_data=False)
-            os.replace(beside, path)
-        finally: beside.unlink(missing_ok=True)
+        with in_one_step(path) as beside: program.save(str(beside), external_data=False)
     return path
 
 # %% ../nbs/25_export.ipynb #e376b6e0
@@ -149,16 +144,14 @@ def compile_step(
     "Compile the streaming step for this kind of processor, for any batch. ExportError where that fails, as without a C++ compiler."
     path = Path(path)
     if path.suffix != ".pt2": raise ExportError(f"{path}: torch wants the name of a package to end in .pt2")
-    model, batch, beside = frozen(model), torch.export.Dim("batch"), path.with_name(f".{path.stem}.{uuid4().hex}.pt2")
+    model, batch = frozen(model), torch.export.Dim("batch")
     state = list(flat_state(empty_state(model.config, 2)).values())
     about = {"aot_inductor.metadata": {"smlstm_config": json.dumps(asdict(model.config))}}
     try:
-        with quietly(), torch.no_grad():
+        with in_one_step(path, ".pt2") as beside, quietly(), torch.no_grad():
             program = torch.export.export(Step(model), (torch.zeros(2, model.config.n_features), *state), dynamic_shapes=({0: batch}, tuple({0: batch} for _ in state)))
             torch._inductor.aoti_compile_and_package(program, package_path=str(beside), inductor_configs=about)
-        os.replace(beside, path)
     except Exception as error: raise ExportError(f"the step was not compiled; is there a C++ compiler? {type(error).__name__}: {error}") from error
-    finally: beside.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/25_export.ipynb #eb7b6eca

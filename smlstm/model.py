@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cell import CellConfig, CellState, ParallelSMLSTMCell
-from .mixing import initial_mixed
-from .signals import initial_signal_state
+from .cell import CellConfig, CellState, ParallelSMLSTMCell, empty_cell
 
 # %% ../nbs/07_model.ipynb #768af69d
 @dataclass(frozen=True)
@@ -106,9 +104,7 @@ def map_state(fn: Callable[[Tensor], Tensor], state):
 # %% ../nbs/07_model.ipynb #8e984b93
 def empty_state(config: SMLSTMConfig, batch: int = 1, dtype=torch.float32, device=None) -> ModelState:
     "The state before the first step: zeros, no two of which share memory."
-    nothing = torch.zeros(batch, config.n_heads, 1, config.hidden_size // config.n_heads, dtype=dtype, device=device)
-    def fresh(): return CellState(initial_mixed(nothing, nothing, max(config.d_state, 1)), initial_signal_state(batch, config.window, dtype, device))
-    return tuple(fresh() for _ in range(config.n_layers))
+    return tuple(empty_cell(config, batch, dtype, device) for _ in range(config.n_layers))
 
 # %% ../nbs/07_model.ipynb #f3dd07df
 class ModelFileError(ValueError):

@@ -41,9 +41,9 @@ def fingerprint(
 
 # %% ../nbs/24_sweep.ipynb #0b9920fe
 @contextmanager
-def in_one_step(path: Path):
-    "Yields a path to write to; the file is at `path` when the block has ended without an error."
-    beside = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+def in_one_step(path: Path, suffix: str = ".tmp"):
+    "Yields a path to write to, which ends in `suffix`; the file is at `path` when the block has ended without an error."
+    beside = path.with_name(f".{path.name}.{uuid4().hex}{suffix}")
     try:
         yield beside
         os.replace(beside, path)
