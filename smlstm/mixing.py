@@ -14,8 +14,8 @@ __all__ = ['UNCUT', 'TIMED', 'ROWS', 'FEW', 'XLA_CHUNK', 'Mixing', 'MixedState',
            'pairs_written_back', 'projected_back', 'in_stretches', 'ByHand', 'back_by_hand', 'heads_first',
            'Coefficients', 'coefficients', 'in_rows', 'in_pairs', 'first_states', 'last_memory', 'mixed_by_hand',
            'cut_mixing', 'last_mixed', 'network_rows', 'mixed_networks', 'mixed_chunkwise', 'ReadFlat', 'only_once',
-           'fallen', 'FallingSum', 'FlatKernel', 'flat_kernel', 'carry_flat', 'read_flat_states', 'mixed_flat',
-           'mixed_xla']
+           'fallen', 'FallingSum', 'FlatKernel', 'flat_kernel', 'carry_flat', 'some', 'in_place', 'Written',
+           'state_update', 'FlatCarried', 'carry_all', 'read_flat', 'mixed_flat', 'mixed_xla']
 
 # %% ../nbs/05_mixing.ipynb #ca954607
 import math
@@ -914,43 +914,100 @@ def flat_kernel(mix: Mixing, start: Tensor, step: Tensor) -> FlatKernel:
 FEW = 8  # chunks whose boundaries are walked one by one on XLA
 
 
-def carry_flat(first: Optional[Tensor], updates: Tensor, log_decay: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    "States before each chunk, and the last: first [P, a, b] or None for 0, updates [P, c, a, b], log_decay [P, c], scales of the boundaries m [P, c + 1]."
-    start = torch.zeros_like(updates[:, 0]) if first is None else first
-    if updates.shape[1] <= FEW:
-        states, factors = [start], torch.exp(log_decay + m[:, :-1] - m[:, 1:])[..., None, None]
-        for update, factor in zip(updates.unbind(1), factors.unbind(1)):
-            states.append(update if first is None and len(states) == 1 else update + factor * states[-1])
-        return torch.stack(states[:-1], 1), states[-1]
-    weights = torch.exp(decay_matrix(F.pad(log_decay, (1, 0))) + m[:, None, :] - m[:, :, None])
-    states = (weights @ torch.cat([start[:, None], updates], 1).flatten(2)).unflatten(2, start.shape[1:])
+def carry_flat(first: Optional[Tensor], updates: list[Tensor], log_decay: Tensor, m: Tensor) -> tuple[Optional[Tensor], Tensor]:
+    """States before each chunk, and the last: first [P, a, b], updates [P, c, a, b] in parts, log_decay [P, c], scales of the boundaries m [P, c + 1].
+    Where `first` is None, for 0, there is no state before the first chunk, and None for a single one."""
+    if log_decay.shape[1] <= FEW:
+        factors = torch.exp(log_decay + m[:, :-1] - m[:, 1:])[..., None, None]
+        states = [] if first is None else [first]
+        for update, factor in zip((update for part in updates for update in part.unbind(1)), factors.unbind(1)):
+            states.append(update + factor * states[-1] if states else update)
+        return torch.stack(states[:-1], 1) if states[1:] else None, states[-1]
+    if first is None: m = m[:, 1:]
+    else: updates, log_decay = [first[:, None], *updates], F.pad(log_decay, (1, 0))
+    weights = torch.exp(decay_matrix(log_decay) + m[:, None, :] - m[:, :, None])
+    states = (weights @ torch.cat(updates, 1).flatten(2)).unflatten(2, updates[0].shape[2:])
     return states[:, :-1], states[:, -1]
 
+# %% ../nbs/05_mixing.ipynb #ee6e3d83
+def some(x: Tensor, P: int, chunks: slice) -> Tensor:
+    "Of chunks x [P * c, n, ...], those that a slice of c names."
+    n, count = x.shape[1], chunks.stop - chunks.start
+    if len(x) == P * count: return x
+    return x.unflatten(0, (P, -1)).flatten(1, 2)[:, chunks.start * n:chunks.stop * n].unflatten(1, (count, n)).flatten(0, 1)
+
+
+def in_place(x: Tensor, P: int, absent: int) -> Tensor:
+    "Chunks x [P * c, n, ...] after `absent` chunks of zeros."
+    if not absent: return x
+    n, rest = x.shape[1], (0, 0) * (x.dim() - 2)
+    return F.pad(x.unflatten(0, (P, -1)).flatten(1, 2), (*rest, absent * n, 0)).unflatten(1, (-1, n)).flatten(0, 1)
+
 # %% ../nbs/05_mixing.ipynb #d3bc6323
-def read_flat_states(q, k, v, C, w, W, carried, A, kernel: FlatKernel, log_decay, boundary, X0: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    "What is read from the states X0 [P, N, d, d], None for 0, and those after it, [G, L, d], and the last states."
-    P, c = boundary.shape[0], boundary.shape[1] - 1
-    apart = lambda x: x.unflatten(0, (P, c))
-    from_carried = ((kernel.to_end[:, :, None] * w[:, None]) @ carried[:, None, :, None]).squeeze(-1)     # [G, N, R]
-    read, last = 0, []
-    for n in range(kernel.to_end.shape[1]):
-        gains = ((kernel.to_end[:, n, None] * w) @ W).mT @ A                                             # [G, u, d]
-        updates = (gains * v).mT @ k + (from_carried[:, n, None] @ A).mT * C
-        X, end = carry_flat(None if X0 is None else X0[:, n], apart(updates), apart(log_decay[:, n].sum(-1)), boundary)
-        read = read + (kernel.from_start[:, n, :, None] * q) @ X.flatten(0, 1).mT
-        last.append(end)
-    return read, torch.stack(last, 1)
+class Written(NamedTuple):
+    "Chunks, and how they reach the states at their ends."
+    k: Tensor  # [G, L, d]
+    v: Tensor  # [G, L, d]
+    left: Tensor  # [G, L, 1] of each write
+    w: Tensor  # [G, R, L]
+    W: Tensor  # [G, L, L]
+    A: Tensor  # [G, R, d]
+    carried: Tensor  # [G, L]
+    to_end: Tensor  # [G, N, L]
+
+
+def state_update(x: Written, state: int, C: Optional[Tensor]) -> Tensor:
+    "What chunks add to one state, [G, d, d]; C [G, d, d] before them, None for 0."
+    sent = x.to_end[:, state, None] * x.w
+    update = ((sent @ x.W).mT @ x.A * x.v).mT @ x.k
+    return update if C is None else update + ((sent @ x.carried[..., None]).mT @ x.A).mT * C
+
+# %% ../nbs/05_mixing.ipynb #7c548d53
+class FlatCarried(NamedTuple):
+    "What is carried into chunks: states before them, and the last ones."
+    C: Optional[Tensor]  # [P, c, d, d]; None where nothing is carried into any chunk, as all but the last ones
+    n: Optional[Tensor]  # [P, c, 1, d]
+    X: list  # of the N states, [P, c, d, d]
+    C_end: Tensor  # [P, d, d]
+    n_end: Tensor  # [P, 1, d]
+    X_end: Tensor  # [P, N, d, d]
+
+
+def carry_all(x: Written, C0: Optional[Tensor], n0: Optional[Tensor], X0: Optional[Tensor], log_f: Tensor, log_decay: Tensor, boundary: Tensor) -> FlatCarried:
+    "Memories C0 [P, d, d], n0 [P, 1, d] and states X0 [P, N, d, d], or None for 0, through all chunks; decays of whole chunks log_f [P, c], log_decay [P, c, N]."
+    (P, c), absent = log_f.shape, int(C0 is None)
+    parts = [slice(0, c - 1), slice(c - 1, c)] if absent and c > 1 else [slice(0, c)]
+    written = [Written(*(some(part, P, now) for part in x)) for now in parts]
+    through = lambda first, updates, log_decay: carry_flat(first, [update.unflatten(0, (P, -1)) for update in updates], log_decay, boundary)
+    kept = [x.k * x.left for x in written]
+    C, C_end = through(C0, [x.v.mT @ k for x, k in zip(written, kept)], log_f)
+    n, n_end = through(n0, [k.sum(1, keepdim=True) for k in kept], log_f)
+    before = [None if now.stop == absent else some(in_place(C.flatten(0, 1), P, absent), P, now) for now in parts]
+    X, X_end = [], []
+    for state in range(log_decay.shape[-1]):
+        updates = [state_update(x, state, C) for x, C in zip(written, before)]
+        between, end = through(None if absent else X0[:, state], updates, log_decay[..., state])
+        X, X_end = [*X, between], [*X_end, end]
+    return FlatCarried(C, n, X, C_end, n_end, torch.stack(X_end, 1))
+
+# %% ../nbs/05_mixing.ipynb #6541a5ea
+def read_flat(q, w, A, carried, inside, from_start, skipped, before: FlatCarried) -> tuple[Tensor, Tensor]:
+    "What chunks read from before them, [G, L, d], and of the normalizer, [G, L]; skipped [G, 1, R] is what their first steps add to `inside`."
+    onto = inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, q.shape[1] - 1))                 # [G, t, R]
+    read = (onto @ A) * (q @ before.C.flatten(0, 1).mT)
+    for reach, X in zip(from_start.unbind(1), before.X): read = read + (reach[..., None] * q) @ X.flatten(0, 1).mT
+    return read, (carried[..., None] * before.n.flatten(0, 1) * q).sum(-1)
 
 # %% ../nbs/05_mixing.ipynb #c760b003
 def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: MixedState) -> tuple[Tensor, MixedState]:
     "The fused form on chunks, as `mixed_chunks`: q, k, v [B, H, c, L, d], gates and growth [B, H, c, L], mix [B, 1, c, L, ...]; Cm is left as it was, and is None where nothing came before."
     B, H, c, L, d = q.shape
+    P, absent = B * H, int(state.Cm is None)
     scales, regime = chunk_scales(log_i, log_g, state.m), mix.regime if mix.left is not None else mix.regime.sum(-1, keepdim=True)
     left = q.new_ones(H, 1, d) if mix.left is None else mix.left
     each = lambda x: x.expand(B, H, *x.shape[2:]).flatten(0, 2)
-    apart, by_head = lambda x: x.unflatten(0, (B * H, c)), lambda x: x.unflatten(0, (B, H))
-    begun = state.Cm is not None
-    C0, n0, X0 = (x.flatten(0, 1) if begun else None for x in (state.C, state.n.unsqueeze(2), state.X))
+    apart, by_head = lambda x: x.unflatten(0, (P, c)), lambda x: x.unflatten(0, (B, H))
+    C0, n0, X0 = (None if absent else x.flatten(0, 1) for x in (state.C, state.n.unsqueeze(2), state.X))
     start, step, boundary = scales.start.flatten(), scales.step.flatten(0, 2), scales.boundary.flatten(0, 1)
     q, k, v, log_i, log_f = (x.flatten(0, 2) for x in (q, k, v, log_i, log_f))
     w, A = each(regime.mT), left[None, :, None].expand(B, H, c, *left.shape[1:]).flatten(0, 2)
@@ -959,20 +1016,19 @@ def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: M
     fell, rise = faded - step, log_i - faded
     W, carried = torch.exp(fell[..., None] + future(fell) + rise[:, None]), torch.exp(fell + start[:, None])
     only_once(kernel.inside, W)
-    kept = k * torch.exp(rise + fell[:, -1:])[..., None]
-    C, C_end = carry_flat(C0, apart(v.mT @ kept), apart(faded[:, -1]), boundary)
-    n, n_end = carry_flat(n0, apart(kept.sum(1, keepdim=True)), apart(faded[:, -1]), boundary)
-    C, n, S = C.flatten(0, 1), n.flatten(0, 1), q @ k.mT
-    read, X_end = read_flat_states(q, k, v, C, w, W, carried, A, kernel, mix.log_decay, boundary, X0)
-    skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[..., :-1, -1, :], (0, 0, 1, 0)))[:, None]
-    onto = kernel.inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, L - 1))                   # [G, t, R]
-    numerator = ReadFlat.apply(kernel.inside, w, W, S, v, A) + (onto @ A) * (q @ C.mT) + read
-    if begun:
+    numerator, n_q = ReadFlat.apply(kernel.inside, w, W, q @ k.mT, v, A), ((W @ k) * q).sum(-1)
+    written = Written(k, v, torch.exp(rise + fell[:, -1:])[..., None], w, W, A, carried, kernel.to_end)
+    before = carry_all(written, C0, n0, X0, apart(faded[:, -1]), apart(mix.log_decay.sum(-1)), boundary)
+    if before.C is not None:
+        skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[..., :-1, -1, :], (0, 0, 1, 0)))[:, None]
+        late = (some(x, P, slice(absent, c)) for x in (q, w, A, carried, kernel.inside, kernel.from_start, skipped))
+        numerator, n_q = (x + in_place(y, P, absent) for x, y in zip((numerator, n_q), read_flat(*late, before)))
+    if not absent:
         unexplained = (state.Cm.flatten(0, 1) - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
         first = apart(kernel.held)[:, 0, :1] * unexplained.squeeze(-1)
         numerator = numerator + F.pad(first[:, None, None], (0, 0, 0, L - 1, 0, c - 1)).flatten(0, 1)
-    h = normalized_read(numerator, ((W @ k + carried[..., None] * n) * q).sum(-1), step, theta)
-    end = MixedState(by_head(C_end), by_head(n_end.squeeze(1)), scales.boundary[..., -1], by_head(X_end), state.Cm)
+    h = normalized_read(numerator, n_q, step, theta)
+    end = MixedState(by_head(before.C_end), by_head(before.n_end.squeeze(1)), scales.boundary[..., -1], by_head(before.X_end), state.Cm)
     return h.view(B, H, c, L, d), end
 
 # %% ../nbs/05_mixing.ipynb #0f46a98b
