@@ -583,7 +583,11 @@ def library(source: str, real: str) -> Optional[ctypes.CDLL]:
         if os.environ.get("CXX") != "":
             warnings.warn("no C++ compiler found: on a CPU the memory runs as torch operations, two to four times slower. Install g++ or clang++, or set CXX= to do without")
         return None
-    try: return ctypes.CDLL(str(compiled(source, real, command)))
+    try:
+        path = compiled(source, real, command)
+        try: return ctypes.CDLL(str(path))
+        except OSError: path.unlink(missing_ok=True)                       # torn: make it again
+        return ctypes.CDLL(str(compiled(source, real, command)))
     except (OSError, subprocess.CalledProcessError) as error:
         warnings.warn(f"the memory's kernel could not be compiled, torch operations serve instead, two to four times slower: {(getattr(error, 'stderr', '') or str(error))[-500:]}")
         return None
