@@ -15,6 +15,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Callable
 
@@ -164,10 +165,9 @@ def open_compiled(path) -> Callable[[Tensor, ModelState], tuple[Forecast, ModelS
 
     def step(x: Tensor, state: ModelState = None) -> tuple[Forecast, ModelState]:
         if state is None: state = empty_state(config, len(x))
-        tensors = []
-        map_state(lambda tensor: tensors.append(tensor.contiguous()), state)
-        out = run(x.contiguous(), *tensors)
-        return Forecast(*out[:4]), whole_state(state, out[4:])
+        out = iter(run.loader.boxed_run([x.contiguous(), *(tensor.contiguous() for cell in state for part in cell for tensor in part)]))
+        forecast = Forecast._make(islice(out, len(Forecast._fields)))
+        return forecast, tuple(type(cell)(*(type(part)._make(islice(out, len(part))) for part in cell)) for cell in state)
     return step
 
 # %% ../nbs/25_export.ipynb #7cdd771f
