@@ -331,8 +331,9 @@ class Verdict(NamedTuple):
 def verdict(test: SkillTest, p_value=None, level=0.05) -> Verdict:
     "The verdict for one head; `p_value` replaces the test's own where several heads are tested together."
     if test.note: return Verdict(test.head, "no skill shown", f"{test.test} {test.note}.")
+    together = "" if p_value is None else f" ({p_value:.2g} by Holm for all heads)"
+    reason = f"{test.test}: {_effect(test)}, p = {test.p_value:.2g}{together} on {test.rows:,} rows."
     p_value = test.p_value if p_value is None else p_value
-    reason = f"{test.test}: {_effect(test)}, p = {p_value:.2g} on {test.rows:,} rows."
     if p_value < level and test.statistic > 0: return Verdict(test.head, "skill shown", reason)
     if p_value < level and test.statistic < 0:
         return Verdict(test.head, f"no skill shown: significantly worse than {'chance' if test.head == 'direction' else test.baseline}", reason)
