@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import papermill
@@ -14,7 +15,7 @@ from torch import nn
 from smlstm.mixing import XLA_CHUNK
 from smlstm.model import SMLSTM, SMLSTMConfig
 from smlstm.preflight import (
-    CHIPS, PINS, DoesNotFit, PreflightError, as_dict, captured, check_fits, compiled, described, from_dict, graph_size, installed,
+    CHIPS, PINS, DoesNotFit, PreflightError, answered, as_dict, captured, check_fits, compiled, described, from_dict, graph_size, installed,
     loaded, preflight, preflight_apart, recorded, training_step, xla_device,
 )
 
@@ -94,6 +95,30 @@ def test_the_same_question_has_the_same_answer(report):
 @here
 def test_other_processes_say_the_same():
     assert recorded(preflight_apart(TINY, 2, 8)) == recorded(preflight_apart(TINY, 2, 8))
+
+
+TORCH_XLA_FIRST = """
+import torch_xla
+from smlstm.preflight import SMLSTMConfig, preflight
+print({module for *_, module in preflight(SMLSTMConfig(n_features=3, hidden_size=8, n_layers=1), 2, 8)["learn"].costliest})
+"""
+
+
+@here
+def test_cost_is_traced_where_torch_xla_came_first():
+    """It reads whether to keep names when it is imported, which may be before preflight is."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_IR_DEBUG", "XLA_HLO_DEBUG")}
+    done = subprocess.run([sys.executable, "-c", TORCH_XLA_FIRST], env=environment | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True, timeout=900)
+    assert "'cells.0'" in done.stdout and "'cells.0 backward'" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+@here
+def test_a_host_without_memory_is_named():
+    """The true process, in less than the compiler takes."""
+    limited = ["bash", "-c", f'ulimit -v 7000000; exec {sys.executable} -m smlstm.preflight --request "$0"']
+    request = {"model": asdict(SMLSTMConfig(n_heads=1, hidden_size=64)), "training": {}, "batch_size": 64, "seq_length": 512, "chip": "v5e"}
+    with pytest.raises(PreflightError, match="host ran out of memory while compiling .* batch_size=64, seq_length=512, hidden_size=64, n_heads=1, n_layers=2: ask for a smaller"):
+        answered(limited, request)
 
 
 @here
