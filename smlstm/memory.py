@@ -226,8 +226,15 @@ VECTORS = r"""
 #endif
 
 typedef REAL F;
-constexpr int L = 32, W = 64 / sizeof(F);  // steps of a chunk, numbers of a vector
-typedef F V __attribute__((vector_size(64), aligned(sizeof(F)), may_alias));
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int L = 32, W = BYTES / sizeof(F), ROW = 64 / sizeof(F);  // steps of a chunk; numbers of a vector; a row is a multiple of this
+typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
 
 inline V& at(F* x) { return *(V*)x; }
 inline const V& at(const F* x) { return *(const V*)x; }
@@ -246,16 +253,22 @@ inline void add_times(long n, const F* a, const F* x, F* y) { for (long i = 0; i
 TURN = r"""
 // y [j, i] = x [i, j]; whole blocks of W x W go through registers, whose halves, quarters and so on change places
 typedef std::conditional<sizeof(F) == 4, int, long>::type Lane;
-typedef Lane Lanes __attribute__((vector_size(64)));
+typedef Lane Lanes __attribute__((vector_size(BYTES)));
 static const struct Places {
     Lanes low[W], high[W];
     Places() { for (int h = 1; h < W; h *= 2) for (int l = 0; l < W; l++) { low[h][l] = l & h ? W + l - h : l; high[h][l] = l & h ? W + l : l + h; } }
 } places;
 
+#ifdef __clang__
+inline V shuffled(V a, V b, Lanes from) { V out; for (int l = 0; l < W; l++) out[l] = from[l] < W ? a[from[l]] : b[from[l] - W]; return out; }
+#else
+#define shuffled __builtin_shuffle
+#endif
+
 template <int h> inline void swap_halves(V* row) {
     for (int i = 0; i < W; i++) if (!(i & h)) {
         V a = row[i], b = row[i + h];
-        row[i] = __builtin_shuffle(a, b, places.low[h]); row[i + h] = __builtin_shuffle(a, b, places.high[h]);
+        row[i] = shuffled(a, b, places.low[h]); row[i + h] = shuffled(a, b, places.high[h]);
     }
     if constexpr (h > 1) swap_halves<h / 2>(row);
 }
@@ -291,9 +304,14 @@ template <int M, int N> int tiles(int n, int rows, int width, int K, const F* A,
 
 // C [rows, width] = A [rows, K] B [K, width], or more of it: entry (m, k) of A lies at m down + k along, a row of B and C every b and c
 void product(int rows, int width, int K, const F* A, long down, long along, const F* B, long b, F* C, long c, bool more = false) {
+#ifdef __AVX512F__
     int n = tiles<4, 4>(0, rows, width, K, A, down, along, B, b, C, c, more);
     n = tiles<8, 2>(n, rows, width, K, A, down, along, B, b, C, c, more);
     tiles<8, 1>(n, rows, width, K, A, down, along, B, b, C, c, more);
+#else
+    int n = tiles<4, 2>(0, rows, width, K, A, down, along, B, b, C, c, more);
+    tiles<4, 1>(n, rows, width, K, A, down, along, B, b, C, c, more);
+#endif
 }
 """
 
@@ -303,14 +321,14 @@ struct Sizes { long G, B, T, d, N, R; };  // groups of sequences, sequences in e
 enum { Q, KEY, VALUE, INPUT, FORGET, FLOOR, FIRST, NORMAL, DECAY, INJECT, REGIME, FRESH, HELD, READ, SKIP, LEFT, RIGHT };
 
 struct Chunk {
-    const Sizes s; const int d, p; const long pp;  // p: d in whole vectors
+    const Sizes s; const int d, p; const long pp;  // p: d in whole rows
     std::list<std::vector<F>> rooms;
     F *q, *key, *k, *v, *i, *f, *floor, *qT, *scores, *fade, *shown;
     F *g, *h, *gn, *gT, *to_q, *to_k, *to_v, *to_i, *to_f, *to_qT, *to_scores, *to_fade, *to_shown, *to_last, to_kept;
     F *rows, *square, *series;
 
     F* take(long n) { rooms.emplace_back(n + 32); F* x = rooms.back().data(); return x + (64 - (size_t)x % 64) / sizeof(F); }
-    Chunk(const Sizes& s) : s(s), d(s.d), p((s.d + W - 1) / W * W), pp(p * p) {
+    Chunk(const Sizes& s) : s(s), d(s.d), p((s.d + ROW - 1) / ROW * ROW), pp(p * p) {
         for (F** x : {&q, &key, &k, &v, &qT, &g, &h, &gT, &to_q, &to_k, &to_v, &to_qT}) *x = take(L * p);
         for (F** x : {&rows, &square}) *x = take(L * (p > L ? p : L));
         for (F** x : {&fade, &scores, &to_fade, &to_scores}) *x = take(L * (L + 1));
