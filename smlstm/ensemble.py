@@ -7,8 +7,9 @@ __all__ = ['FOCUS', 'Split', 'Loaders', 'HEADS', 'COLORS', 'rolling_blocks', 'jo
            'MemberConfig', 'MemberState', 'Member', 'shape_of', 'Together', 'in_turn', 'Record', 'agreement',
            'reading_of_news', 'the_usual', 'MetaNetwork', 'MetaState', 'Weighing', 'EnsembleConfig', 'EnsembleState',
            'SMLSTMEnsemble', 'ensemble_config', 'load_ensemble', 'load_network', 'inner_folds', 'member_heads',
-           'continuation', 'focused', 'fit_member', 'out_of_fold', 'start_from_standing', 'row_losses', 'beyond_chance',
-           'believe', 'fit_meta', 'fit_ensemble', 'quicker', 'default_members', 'weight_frame', 'plot_weights']
+           'continuation', 'in_continuing', 'focused', 'fit_member', 'out_of_fold', 'start_from_standing',
+           'what_it_says', 'row_losses', 'beyond_chance', 'half_right', 'believe', 'fit_meta', 'fit_ensemble',
+           'quicker', 'default_members', 'weight_frame', 'plot_weights']
 
 # %% ../nbs/15_ensemble.ipynb #7ca41044
 import copy
@@ -390,12 +391,16 @@ def continuation(y: np.ndarray, horizon: int = 1, span: float = 20) -> np.ndarra
     return (pairs / squares).fillna(0.0).to_numpy()
 
 
+def in_continuing(y: np.ndarray, learn: slice, horizon: int = 1) -> np.ndarray:
+    "Whether each row is in the half of the rows `learn` before which returns continued, [n]."
+    lately = continuation(y, horizon)
+    return lately > np.median(lately[learn])
+
+
 def focused(y: np.ndarray, focus: Optional[str], learn: slice, horizon: int = 1) -> np.ndarray:
     "Targets with a fourth column that makes the half of the rows `learn` count that `focus` names; as they are without a focus."
     if focus is None: return y
-    lately = continuation(y, horizon)
-    continues = lately > np.median(lately[learn])
-    return np.column_stack([y, 2.0 * (continues == (focus == "continuing"))]).astype(y.dtype)
+    return np.column_stack([y, 2.0 * (in_continuing(y, learn, horizon) == (focus == "continuing"))]).astype(y.dtype)
 
 # %% ../nbs/15_ensemble.ipynb #b454e11f
 def fit_member(config: MemberConfig, x: np.ndarray, y: np.ndarray, learn: slice, valid: slice, loaders: Loaders, training: TrainConfig, folder=None, horizon: int = 1, **options) -> Member:
@@ -442,9 +447,13 @@ def start_from_standing(
 
 # %% ../nbs/15_ensemble.ipynb #7883f399
 @torch.no_grad()
-def row_losses(meta: MetaNetwork, z: np.ndarray, y: np.ndarray, objective: MultiObjectiveLoss) -> np.ndarray:
-    "The loss of each row, [n], from what members say beside features [n, 3 M + F]."
-    heads = torch.stack(meta.eval()(torch.from_numpy(z)[None])[0][:3], -1)[0]
+def what_it_says(meta: MetaNetwork, z: np.ndarray) -> Tensor:
+    "Heads [n, 3] of `meta` for what members say beside features [n, 3 M + F]."
+    return torch.stack(meta.eval()(torch.from_numpy(z)[None])[0][:3], -1)[0]
+
+
+def row_losses(heads: Tensor, y: np.ndarray, objective: MultiObjectiveLoss) -> np.ndarray:
+    "The loss of each row, [n], of heads [n, 3] against targets [n, 3]."
     def one(heads, y): return objective(Forecast(*heads[:, None, None], None), y[None, None]).total
     return vmap(one)(heads, torch.from_numpy(y)).numpy()
 
@@ -453,11 +462,29 @@ def beyond_chance(gain: np.ndarray) -> bool:
     "Whether the mean of gains [n] exceeds two standard errors."
     return bool(gain.mean() > 2 * gain.std() / len(gain)**0.5)
 
+
+# %% ../nbs/15_ensemble.ipynb #868a7736
+def half_right(
+    config: EnsembleConfig,
+    said: np.ndarray,  # out of fold [n, M, 3]
+    y: np.ndarray,  # targets [n, 3]
+    continues: np.ndarray,  # which half each row is in, [n]
+    objective: MultiObjectiveLoss,
+) -> tuple[int, ...]:  # none where there are no other members
+    "Members that are right half of the time: those for half of the market, if they are better in their own half."
+    of = {focus: [m for m, member in enumerate(config.members) if member.focus == focus] for focus in FOCUS}
+    halves = tuple(sum(of.values(), []))
+    if len(halves) in (0, len(config.members)): return ()
+    if not all(of.values()): return halves
+    continuing, reverting = (np.mean([row_losses(torch.from_numpy(said[:, m]), y, objective) for m in of[focus]], 0) for focus in FOCUS)
+    return halves if beyond_chance(np.where(continues, reverting - continuing, continuing - reverting)) else ()
+
+
 # %% ../nbs/15_ensemble.ipynb #8dd46fa8
 @torch.no_grad()
 def believe(meta: MetaNetwork, z: np.ndarray, y: np.ndarray, pos_weight: float = 1.0) -> tuple[float, ...]:
     "Give `meta` the share of price, direction and volatility that rows [n, 3 M + F] bear out."
-    beyond = torch.stack(meta.eval()(torch.from_numpy(z)[None])[0][:3], -1)[0].double().numpy() - meta.base.numpy()
+    beyond = what_it_says(meta, z).double().numpy() - meta.base.numpy()
     usual, odds = meta.base.double().numpy(), float(meta.base[1]) - np.log(pos_weight)
     slopes = level_slope(beyond[:, 0], y[:, 0] - usual[0]), direction_slope(beyond[:, 1] + odds, odds, y[:, 1]), level_slope(beyond[:, 2], y[:, 2] - usual[2])
     shares = tuple(float(np.clip(slope - error**2 / slope, 0, 1)) if slope > error else 0.0 for slope, error in slopes)
@@ -475,11 +502,12 @@ def fit_meta(config: EnsembleConfig, said: np.ndarray, x: np.ndarray, y: np.ndar
     objective, z = MultiObjectiveLoss(training.pos_weight, training.huber_delta), np.hstack([said.reshape(len(x), -1), x])
     meta.base.copy_(torch.from_numpy(the_usual(y[rows], training.pos_weight)))
     meta.news.copy_(torch.from_numpy(reading_of_news(x[rows], y[rows], config.horizon)))
-    standing, halves = copy.deepcopy(meta), tuple(m for m, member in enumerate(config.members) if member.focus)
-    start_from_standing(standing, said[learn], y[learn], objective, without=halves if len(halves) < len(config.members) else ())
+    standing = copy.deepcopy(meta)
+    half = half_right(config, said[rows], y[rows], in_continuing(y, learn, config.horizon)[rows], objective)
+    start_from_standing(standing, said[learn], y[learn], objective, without=half)
     start_from_standing(meta, said[learn], y[learn], objective)
     history = fit(meta, *loaders(z, y, learn, valid, training.seed), training, checkpoint_dir=folder, **options)
-    before, after = (row_losses(network.cpu(), z[valid], y[valid], objective) for network in (standing, meta))
+    before, after = (row_losses(what_it_says(network.cpu(), z[valid]), y[valid], objective) for network in (standing, meta))
     if not beyond_chance(before - after): meta.load_state_dict(standing.state_dict())
     believe(meta, z[rows], y[rows], training.pos_weight)
     return meta, history

@@ -10,6 +10,7 @@ __all__ = ['QUICK', 'PLANTED', 'SEEDS', 'Regret', 'regret', 'Learned', 'planted_
 # %% ../nbs/28_ensemble_planted.ipynb #b92bbd55
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from .ensemble import EnsembleConfig, SMLSTMEnsemble, default_members, fit_ensemble, weight_frame
 from .losses import calibrated_probability, weighted_cross_entropy
@@ -119,15 +121,15 @@ def plot_following(learned: Learned, planted: Planted, bars=400, **filter) -> Fi
 # %% ../nbs/28_ensemble_planted.ipynb #6361e040
 PLANTED = {"noise": (noise, "direction"), "momentum": (momentum, "direction"), "regime switch": (regime_switch, "direction"), "GARCH": (garch, "volatility")}
 
-def contest(names=tuple(PLANTED), seeds=(0, 1, 2), n=4_000, model=SMLSTMConfig(n_features=4, hidden_size=16, n_layers=1), training=QUICK) -> pd.DataFrame:
+def contest(names=tuple(PLANTED), seeds=(0, 1, 2), n=4_000, model=SMLSTMConfig(n_features=4, hidden_size=16, n_layers=1), training=QUICK, progress=False) -> pd.DataFrame:
     "Regret of ensemble and members on each series and seed: columns series, seed, forecaster, those of `Regret`, and on the switch how each weight `follows` the regime."
     config, frames = EnsembleConfig(default_members(model)), []
-    for name in names:
-        for seed in seeds:
-            planted = PLANTED[name][0](n, seed=seed)
-            learned = learn_together(planted, config, training)
-            scores = learned.scores.assign(series=name, seed=seed, follows=follows(learned, planted) if name == "regime switch" else np.nan)
-            frames.append(scores.rename_axis("forecaster").reset_index())
+    for name, seed in (bar := tqdm(list(product(names, seeds)), unit="ensemble", disable=not progress)):
+        bar.set_description(f"{name} {seed}")
+        planted = PLANTED[name][0](n, seed=seed)
+        learned = learn_together(planted, config, training, progress=progress)
+        scores = learned.scores.assign(series=name, seed=seed, follows=follows(learned, planted) if name == "regime switch" else np.nan)
+        frames.append(scores.rename_axis("forecaster").reset_index())
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/28_ensemble_planted.ipynb #494c4d0b
@@ -170,7 +172,7 @@ def main(arguments=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    scores = contest(options.only, options.seeds)
+    scores = contest(options.only, options.seeds, progress=True)
     print(summary(scores).round(5).T.to_string())
     if options.json: write_json(options.json, {"measured": f"{pd.Timestamp.now('UTC'):%Y-%m-%d}", "torch": torch.__version__, "scores": scores.round(6).to_dict("records")})
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from smlstm.ensemble import (
-    EnsembleConfig, Member, MemberConfig, Record, SMLSTMEnsemble, Together, agreement, default_members, ensemble_config, fit_ensemble, focused, inner_folds,
-    load_ensemble, load_network, rolling_blocks, weight_frame,
+    EnsembleConfig, Member, MemberConfig, Record, SMLSTMEnsemble, Together, agreement, default_members, ensemble_config, fit_ensemble, fit_meta, focused, half_right,
+    in_continuing, inner_folds, load_ensemble, load_network, rolling_blocks, weight_frame,
 )
+from smlstm.losses import MultiObjectiveLoss
 from smlstm.model import ModelFileError, SMLSTMConfig, save_model
 from smlstm.sequences import create_sequences, create_tpu_dataloader
 from smlstm.training import TrainConfig
@@ -171,6 +172,46 @@ def split(rows):
 def loaders(x, y, learn, valid, seed):
     cut = lambda rows, shuffle: create_tpu_dataloader(create_sequences(x[rows], y[rows], 16, False, 8), 8, shuffle, seed=seed)
     return cut(learn, True), cut(valid, False)
+
+
+def market(two_halves, n=1200, seed=0):
+    """Features, targets, and opinions of three members: on all, on where returns continue, on where they revert."""
+    rng = np.random.default_rng(seed)
+    sign = np.cumprod(np.where(rng.random(n + 1) < 0.99, 1, -1)) if two_halves else np.ones(n + 1)
+    r = rng.standard_normal(n + 1)
+    for t in range(n):
+        r[t + 1] += 0.6 * sign[t + 1] * r[t]
+    r = (r / r.std()).astype(np.float32)
+    y = np.column_stack([r[1:], r[1:] > 0, np.zeros(n)]).astype(np.float32)
+    opinions = (0.2, 0.6, -0.6) if two_halves else (0.6, 0.6, 0.6)
+    said = np.stack([np.outer(r[:-1], [opinion, 2 * opinion, 0]) + 0.4 * rng.standard_normal((n, 3)) for opinion in opinions], 1)
+    return np.column_stack([r[:-1], np.zeros((n, 2))]).astype(np.float32), y, said.astype(np.float32)
+
+
+def with_focus(*focuses):
+    return EnsembleConfig(tuple(MemberConfig(1, SMALL, focus) for focus in focuses))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("two_halves", [False, True])
+def test_members_for_half_of_the_market_stand_where_it_has_no_halves(two_halves, seed, monkeypatch):
+    import smlstm.ensemble as ensemble
+
+    monkeypatch.setattr(ensemble, "beyond_chance", lambda gain, real=ensemble.beyond_chance: len(gain) > 400 and real(gain))  # the validation rows, 240, never open the gate
+    x, y, said = market(two_halves, seed=seed)
+    meta, _ = fit_meta(with_focus(None, "continuing", "reverting"), said, x, y, *split(slice(0, 1200)), loaders, TrainConfig(epochs=1, warmup_epochs=0, pos_weight=1.0), device="cpu", progress=False)
+    weights = meta.portfolios.softmax(-1).detach()[:, 1, 1:3]
+    assert (weights < 1e-6).all() if two_halves else (weights > 0.15).all()
+
+
+def test_who_is_half_right():
+    x, y, said = market(True)
+    continues = in_continuing(y, slice(0, 1200))
+    half = lambda *focuses: half_right(with_focus(*focuses), said, y, continues, MultiObjectiveLoss(1.0))
+    assert half(None, "continuing", "reverting") == (1, 2)
+    assert half(None, "reverting", "continuing") == ()  # each is worse where it was trained
+    assert half(None, None, "reverting") == (2,)  # nobody to compare with
+    assert half("continuing", "continuing", "reverting") == half(None, None, None) == ()  # nobody else would be left
 
 
 QUICK = dict(split=split, loaders=loaders, training=TrainConfig(epochs=2, warmup_epochs=1), device="cpu", progress=False)
