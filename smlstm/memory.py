@@ -7,8 +7,8 @@ __all__ = ['VECTORS', 'TURN', 'PRODUCT', 'CHUNK', 'FADING', 'ATTENTION', 'MATRIC
            'EXPORT', 'CHUNKS', 'MEMORY', 'FLAGS', 'REAL', 'SEGMENT', 'MemoryState', 'initial_memory', 'normalized_read',
            'check_inputs', 'finite_log', 'at_least_float32', 'recurrent', 'random_inputs', 'future', 'decay_matrix',
            'Weights', 'memory_weights', 'cumulative', 'boundary_scale', 'Carry', 'carry', 'read_chunks', 'compiler',
-           'compiled', 'library', 'goes_compiled', 'Operands', 'call', 'Compiled', 'by_head', 'normalizer_floor',
-           'read_compiled', 'cut', 'joined', 'chunkwise']
+           'compiled', 'library', 'goes_compiled', 'Operands', 'call', 'as_groups', 'of_models', 'CompiledBack',
+           'Compiled', 'by_head', 'normalizer_floor', 'read_compiled', 'cut', 'joined', 'chunkwise']
 
 # %% ../nbs/02_memory.ipynb #c57c337b
 import ctypes
@@ -647,6 +647,39 @@ def call(source: str, form: str, x: Operands, back: list, to: Optional[list] = N
     run((ctypes.c_long * 6)(G, B, T, d, N, R), places(x), places(back), places(to), ctypes.c_long(threads))
 
 # %% ../nbs/02_memory.ipynb #a83f356f
+def as_groups(info, in_dims, tensors) -> list:
+    "Tensors of `info.batch_size` models with the models folded into the first axis, for a `vmap` rule."
+    spread = lambda part, dim: part.unsqueeze(0).expand(info.batch_size, *part.shape) if dim is None else part.movedim(dim, 0)
+    return [part if part is None else spread(part, dim).flatten(0, 1).contiguous() for part, dim in zip(tensors, in_dims)]
+
+
+def of_models(info, out: tuple) -> tuple:
+    "What such a rule returns: the models apart again, in the first axis."
+    return tuple(part.unflatten(0, (info.batch_size, -1)) for part in out), (0,) * len(out)
+
+# %% ../nbs/02_memory.ipynb #1dd58acd
+class CompiledBack(torch.autograd.Function):
+    "From `Operands`, what `Compiled` made of them, and the gradients of h, matrices and n, to the gradients of all operands there are but the floor."
+
+    @staticmethod
+    def forward(source, form, *parts):
+        x, (h, n_q, kept, g, *g_ends) = Operands(*parts[:len(Operands._fields)]), parts[len(Operands._fields):]
+        shared = x._fields.index("read")                                   # from here on a group's parameters: each sequence gives its share
+        to = [part if part is None else torch.empty_like(part) if j < shared else part.new_empty(*h.shape[:2], *part.shape[1:]) for j, part in enumerate(x)]
+        call(source, form, x, [g, n_q, *g_ends, kept, h], to)
+        return tuple(part if j < shared else part.sum(1) for j, part in enumerate(to) if part is not None and x._fields[j] != "floor")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+
+    @staticmethod
+    def backward(ctx, *sent): raise RuntimeError("the kernel's gradient cannot be differentiated again: give form=read_chunks, or mixed_chunks with a mixing")
+
+    @staticmethod
+    def vmap(info, in_dims, source, form, *parts):
+        return of_models(info, CompiledBack.apply(source, form, *as_groups(info, in_dims[2:], parts)))
+
+# %% ../nbs/02_memory.ipynb #d2847fe3
 class Compiled(torch.autograd.Function):
     "A form of the kernel on `Operands`: h [G, B, T, d], the matrices and n at the end, and what the way back needs (`keep`)."
 
@@ -667,23 +700,16 @@ class Compiled(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, *g_ends):
+    def backward(ctx, *sent):
         *x, h, n_q, kept = ctx.saved_tensors
-        x, (G, B) = Operands(*x), h.shape[:2]
-        g, *g_ends = (torch.zeros_like(like) if part is None else part.contiguous() for part, like in zip((g, *g_ends), (h, x.matrices, x.normal)))
-        shared = x._fields.index("read")                                   # from here on a group's parameters: each sequence gives its share
-        to = [part if part is None else torch.empty_like(part) if j < shared else part.new_empty(G, B, *part.shape[1:]) for j, part in enumerate(x)]
-        call(*ctx.kernel, x, [g, n_q, *g_ends, kept, h], to)
-        to = Operands(*to)._replace(floor=None)
-        return None, None, None, *to[:shared], *(part if part is None else part.sum(1) for part in to[shared:])
+        x = Operands(*x)
+        g = (torch.zeros_like(like) if part is None else part.contiguous() for part, like in zip(sent, (h, x.matrices, x.normal)))
+        to = iter(CompiledBack.apply(*ctx.kernel, *x, h, n_q, kept, *g))
+        return None, None, None, *(None if part is None or name == "floor" else next(to) for name, part in zip(x._fields, x))
 
     @staticmethod
     def vmap(info, in_dims, source, form, keep, *x):
-        spread = lambda part, dim: part.unsqueeze(0).expand(info.batch_size, *part.shape) if dim is None else part.movedim(dim, 0)
-        folded = (part if part is None else spread(part, dim).flatten(0, 1).contiguous() for part, dim in zip(x, in_dims[3:]))
-        out = Compiled.apply(source, form, keep, *folded)
-        return (*(part.unflatten(0, (info.batch_size, -1)) for part in out[:3]), *out[3:]), (*(0,) * 3, *(None,) * len(out[3:]))
+        return of_models(info, Compiled.apply(source, form, keep, *as_groups(info, in_dims[3:], x)))
 
 # %% ../nbs/02_memory.ipynb #da8d599d
 def by_head(x: Tensor) -> Tensor:
