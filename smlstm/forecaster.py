@@ -8,8 +8,8 @@ __all__ = ['DECAY', 'PRICES', 'LONE', 'KEPT', 'LEAST', 'FORMAT', 'Table', 'build
            'WindowConfig', 'Split', 'split_rows', 'split_panel', 'panel_folds', 'Loaders', 'make_loaders', 'read',
            'stream', 'Calibration', 'calibrate', 'to_units', 'relative_variance', 'Fitted', 'Forecaster', 'Scores',
            'make_scores', 'more_scores', 'bounds', 'check_alike', 'fit_panel', 'fit_scales', 'fit_forecaster', 'Stream',
-           'begin', 'trading_days', 'bars_ahead', 'date_ahead', 'to_long', 'flattened', 'quick_step', 'scale_row',
-           'ForecasterFileError', 'write_folder']
+           'begin', 'stand', 'trading_days', 'bars_ahead', 'date_ahead', 'to_long', 'flattened', 'quick_step',
+           'scale_row', 'ForecasterFileError', 'write_folder']
 
 # %% ../nbs/18_forecaster.ipynb #be16668e
 import hashlib
@@ -61,6 +61,12 @@ class Table(NamedTuple):
     def known(self) -> int:
         "Rows whose target has come to pass."
         return len(self.features) - self.horizon
+
+    def until(self, known: int) -> "Table":
+        "The table as it was when the targets of its first `known` rows had just come to pass."
+        rows = known + self.horizon
+        targets = self.targets.iloc[:known].reindex(self.features.index[:rows])
+        return Table(self.features.iloc[:rows], targets, self.bars.iloc[:rows], self.horizon, self.prices.iloc[: WARMUP + rows])
 
 
 def build_table(prices: pd.DataFrame, horizon: int = 1, exogenous: tuple = ()) -> Table:
@@ -168,15 +174,20 @@ def scale_table(table: Table, train: slice) -> Scaled:
 class WindowConfig:
     "How rows are cut into windows. Raises `ValueError` for values that make no sense."
     seq_length: int = 128  # steps of a window
-    stride: int = 32  # steps between the starts of two training windows
+    stride: Optional[int] = None  # steps between the starts of two training windows; None: 32 times the number of series, at most seq_length, and moving where there are several
     batch_size: int = 16
     valid_share: float = 0.15  # of the training rows, at their end
     augment: bool = True  # noise on the training inputs
 
     def __post_init__(self):
         for name in ("seq_length", "stride", "batch_size"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.valid_share < 1: raise ValueError(f"valid_share={self.valid_share}: must be between 0 and 1")
+
+    def strides(self, n_series: int) -> tuple[int, bool]:
+        "Steps between the starts of two training windows of a series, and whether they move."
+        return (min(32 * n_series, self.seq_length), n_series > 1) if self.stride is None else (self.stride, False)
+
 
 # %% ../nbs/18_forecaster.ipynb #17400dbd
 class Split(NamedTuple):
@@ -234,9 +245,9 @@ class Loaders(NamedTuple):
 def make_loaders(scaled, split, windows: WindowConfig, seed: int = 0, device=None) -> Loaders:
     "Training batches in random order with noise, validation batches in order without; from one series, or from the same names to many."
     parts = [(scaled[name], split[name]) for name in scaled] if isinstance(scaled, dict) else [(scaled, split)]
-    cut = lambda s, rows, stride, augment: create_sequences(s.x[rows], s.y[rows], windows.seq_length, augment, stride, seed)
-    size = windows.batch_size
-    learn = join_sequences([cut(s, rows.learn, windows.stride, windows.augment) for s, rows in parts])
+    cut = lambda s, rows, stride, augment, moving=False: create_sequences(s.x[rows], s.y[rows], windows.seq_length, augment, stride, seed, moving=moving)
+    (stride, moving), size = windows.strides(len(parts)), windows.batch_size
+    learn = join_sequences([cut(s, rows.learn, stride, windows.augment, moving) for s, rows in parts])
     valid = join_sequences([cut(s, rows.valid, windows.seq_length, False) for s, rows in parts])
     return Loaders(create_tpu_dataloader(learn, size, shuffle=True, seed=seed, device=device), create_tpu_dataloader(valid, size, shuffle=False, seed=seed, device=device))
 
@@ -398,14 +409,18 @@ def _trained(tables, train, build, model, windows, training, device, fit_options
 
 def _adopt(forecaster, name, table, scaled, train, split, origin):
     "Calibrate a series, and let its stream begin where training ended."
-    calibration = calibrate(stream(forecaster.model, scaled.x[: train.stop]), table, scaled, split, forecaster.training.pos_weight)
-    index, dates = table.prices.index, table.features.index
+    index = table.prices.index
     longest = max(forecaster.max_gap, _days((index[1:] - index[:-1]).max()))
+    table = table.until(train.stop)
+    heads, state = read(forecaster.model, scaled.x[: len(table.features)])
+    calibration = calibrate(heads, table, scaled, split, forecaster.training.pos_weight)
+    dates = table.features.index
     zone = None if index.tz is None else str(index.tz)
     forecaster.series[name] = Fitted(scaled.scaler, scaled.target_scaler, calibration, tuple(table.prices), longest, zone, dates[split.valid.start].isoformat(), (), (), origin)
-    forecaster.streams[name] = begin(forecaster, name, table.prices.iloc[: WARMUP + train.stop + table.horizon])
+    forecaster.streams[name] = stand(forecaster, name, table, heads, state)
     scores = forecaster.streams[name].scores
     forecaster.series[name] = forecaster.series[name]._replace(price_scores=tuple(scores.price.tolist()), variance_scores=tuple(scores.variance.tolist()))
+
 
 # %% ../nbs/18_forecaster.ipynb #6b900fef
 def fit_scales(config: SMLSTMConfig, scales, tables: dict, train: dict, scaled: dict, windows: WindowConfig, training: TrainConfig, device: str, **fit_options) -> tuple:
@@ -546,9 +561,13 @@ class Stream(NamedTuple):
 
 def begin(forecaster: Forecaster, name, prices: pd.DataFrame) -> Stream:
     "Read a history of fitted columns; the stream stands at its last bar."
-    fitted, horizon = forecaster.series[name], forecaster.horizon
-    with about(name): table = build_table(prices, horizon, forecaster.exogenous)
-    heads, state = read(forecaster.model, forecaster._inputs(table, name))
+    with about(name): table = build_table(prices, forecaster.horizon, forecaster.exogenous)
+    return stand(forecaster, name, table, *read(forecaster.model, forecaster._inputs(table, name)))
+
+
+def stand(forecaster: Forecaster, name, table: Table, heads: Forecast, state) -> Stream:
+    "The stream at the last row of a table, from what the model says about its rows and its state after them."
+    fitted, horizon, prices = forecaster.series[name], forecaster.horizon, table.prices
     frame = forecaster._frame(table, name, heads)
     new = (frame.date >= pd.Timestamp(fitted.held_out)).to_numpy()
     known = frame[new & frame.actual_close.notna()]

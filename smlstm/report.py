@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'TOGETHER', 'PACKAGES', 'SCORES', 'NAMES', 'NOTES', 'STYLE', 'CONTEST_NOTE', 'EARNED_NOTE', 'SCORES_NOTE',
-           'ParameterError', 'Rule', 'whole', 'number', 'one_of', 'check_tickers', 'check_parameters', 'check_history',
-           'Stopwatch', 'announce', 'plain', 'write_json', 'versions', 'manifest', 'run_folder', 'write_run',
-           'training_folder', 'score_table', 'regime_table', 'contest_table', 'coverage_table', 'summary_table',
-           'figure_html', 'build_report']
+           'ParameterError', 'Rule', 'whole', 'number', 'one_of', 'or_none', 'check_tickers', 'check_parameters',
+           'check_history', 'Stopwatch', 'announce', 'plain', 'write_json', 'versions', 'manifest', 'run_folder',
+           'write_run', 'training_folder', 'score_table', 'regime_table', 'contest_table', 'coverage_table',
+           'summary_table', 'figure_html', 'build_report']
 
 # %% ../nbs/20_report.ipynb #a4091859
 import base64
@@ -69,6 +69,11 @@ def one_of(*values) -> Rule:
     "One of the given values."
     return Rule(f"one of {', '.join(map(repr, values))}", lambda v: type(v) in {type(x) for x in values} and v in values)
 
+def or_none(rule: Rule) -> Rule:
+    "The same, or None."
+    return Rule(f"{rule.allowed}, or None", lambda v: v is None or rule.holds(v))
+
+
 # %% ../nbs/20_report.ipynb #426e76e8
 def _is_date(value) -> bool:
     if value is None: return True
@@ -112,7 +117,7 @@ RULES = {
     "d_state": whole(1, 256), "dropout": number(0, 0.9), "chunk_size": whole(1, 4096),
     "epochs": whole(1, 10_000), "batch_size": whole(1, 65_536), "accumulate": whole(1, 1024), "patience": whole(1, 10_000),
     "learning_rate": number(0, 1, above=True), "weight_decay": number(0, 1), "clip": number(0, 1000, above=True), "min_delta": number(0, 1000),
-    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": whole(1, 4096), "augment": one_of(True, False), "preflight": one_of(True, False), "ensemble": one_of(True, False),
+    "n_splits": whole(2, 50), "seed": whole(0, 2**32 - 1), "stride": or_none(whole(1, 4096)), "augment": one_of(True, False), "preflight": one_of(True, False), "ensemble": one_of(True, False),
     "device": Rule(f"{(devices := one_of('auto', 'cpu', 'cuda', 'xla')).allowed}, and be there", lambda v: devices.holds(v) and _passes(pick_device)(v)),
     "output_dir": Rule("a folder that can be written to", _is_writable),
 }

@@ -84,8 +84,10 @@ def fit_scaler(
 # %% ../nbs/12_sequences.ipynb #93fed8c7
 class SequenceDataset(torch.utils.data.Dataset):
     "Windows `x [seq_length, F]`, `y [seq_length, K]` into one pair of tensors; made by `create_sequences` and `join_sequences`."
-    def __init__(self, data: torch.Tensor, targets: torch.Tensor, seq_length: int, starts: torch.Tensor, noise: "torch.Tensor | None", seed: int):
+    def __init__(self, data: torch.Tensor, targets: torch.Tensor, seq_length: int, starts: torch.Tensor, noise: "torch.Tensor | None", seed: int,
+                 latest: "torch.Tensor | None" = None):
         self.data, self.targets, self.seq_length, self.starts, self.noise, self.seed = data, targets, seq_length, starts, noise, seed
+        self.latest = latest  # where windows move: how far the start of each may go
 
     def __len__(self) -> int: return len(self.starts)
 
@@ -96,14 +98,18 @@ class SequenceDataset(torch.utils.data.Dataset):
         start = int(self.starts[i])
         return self.data[start:start + self.seq_length], self.targets[start:start + self.seq_length]
 
+
 # %% ../nbs/12_sequences.ipynb #2dd2c9ea
-def gather(dataset: SequenceDataset, indices: torch.Tensor, generator: "torch.Generator | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
-    "The windows `indices` stacked: `x [B, T, F]`, `y [B, T, K]`; with a generator and an augmented dataset, noise on `x`."
-    rows = dataset.starts[indices][:, None] + torch.arange(dataset.seq_length)
+def gather(dataset: SequenceDataset, indices: torch.Tensor, generator: "torch.Generator | None" = None, phase: int = 0) -> "tuple[torch.Tensor, torch.Tensor]":
+    "The windows `indices` stacked, `phase` rows later where they move: `x [B, T, F]`, `y [B, T, K]`; with a generator and an augmented dataset, noise on `x`."
+    starts = dataset.starts[indices]
+    if phase: starts = torch.minimum(starts + phase, dataset.latest[indices])
+    rows = starts[:, None] + torch.arange(dataset.seq_length)
     x = dataset.data[rows]
     if dataset.noise is not None and generator is not None:
         x = x + dataset.noise * torch.randn(x.shape, generator=generator)
     return x, dataset.targets[rows]
+
 
 # %% ../nbs/12_sequences.ipynb #cec414ef
 def create_sequences(
@@ -114,6 +120,7 @@ def create_sequences(
     stride: int = 1,                 # rows between the starts of two windows
     seed: int = 0,                   # of the noise
     noise: float = 0.001,            # its standard deviation, in those of each feature
+    moving: bool = False,            # in each epoch begin up to `stride - 1` rows later, see `_batches`
 ) -> SequenceDataset:
     "Every window of `seq_length` rows, with targets at every step. ValueError says which argument does not fit."
     x, y = np.asarray(scaled_data, np.float32), np.asarray(target_scaled, np.float32)
@@ -129,21 +136,22 @@ def create_sequences(
             raise ValueError(f"{name} have NaN or infinite values, first in row {row} of {len(values)}: leave such rows out")
     x, y = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
     starts = torch.arange(0, len(x) - seq_length + 1, stride)
-    return SequenceDataset(x, y, seq_length, starts, noise * x.std(0, correction=0) if augment else None, seed)
+    latest = (starts + stride - 1).clamp(max=len(x) - seq_length) if moving else None
+    return SequenceDataset(x, y, seq_length, starts, noise * x.std(0, correction=0) if augment else None, seed, latest)
 
 # %% ../nbs/12_sequences.ipynb #d41fa1dc
 def join_sequences(
-    datasets: "list[SequenceDataset]",  # with windows of the same length, and all or none with noise
+    datasets: "list[SequenceDataset]",  # with windows of the same length, all or none with noise, all or none moving
 ) -> SequenceDataset:
     "One data set with the windows of all; its noise has the mean of their deviations."
     first = datasets[0]
     if len(datasets) == 1: return first
     if len({dataset.seq_length for dataset in datasets}) > 1: raise ValueError("windows of different lengths cannot share a batch: use one seq_length")
     before = np.cumsum([0] + [len(dataset.data) for dataset in datasets[:-1]])
-    starts = torch.cat([dataset.starts + int(rows) for dataset, rows in zip(datasets, before)])
+    starts, latest = (None if getattr(first, name) is None else torch.cat([getattr(dataset, name) + int(rows) for dataset, rows in zip(datasets, before)]) for name in ("starts", "latest"))
     noise = None if first.noise is None else torch.stack([dataset.noise for dataset in datasets]).mean(0)
     data, targets = (torch.cat([getattr(dataset, name) for dataset in datasets]) for name in ("data", "targets"))
-    return SequenceDataset(data, targets, first.seq_length, starts, noise, first.seed)
+    return SequenceDataset(data, targets, first.seq_length, starts, noise, first.seed, latest)
 
 # %% ../nbs/12_sequences.ipynb #072d3e77
 class Batch(NamedTuple):
@@ -176,12 +184,14 @@ def _batches(loader: SequenceLoader, epoch: int) -> "Iterator[Batch]":
     n, size = len(loader.dataset), loader.batch_size
     generator = torch.Generator().manual_seed((loader.seed + loader.dataset.seed) * 1_000_003 + epoch)
     order = torch.randperm(n, generator=generator) if loader.shuffle else torch.arange(n)
+    latest = loader.dataset.latest
+    phase = 0 if latest is None else int(torch.randint(1 + int((latest - loader.dataset.starts).max()), (), generator=generator))
     for number in range(len(loader)):
         indices = order[number * size:(number + 1) * size]
         mask = torch.zeros(size)
         mask[:len(indices)] = 1.0
         indices = torch.cat([indices, indices[:1].expand(size - len(indices))])
-        yield Batch(*gather(loader.dataset, indices, generator), mask)
+        yield Batch(*gather(loader.dataset, indices, generator, phase), mask)
 
 # %% ../nbs/12_sequences.ipynb #ac4b771c
 def _ahead(batches: "Iterator[Batch]", device: torch.device) -> "Iterator[Batch]":

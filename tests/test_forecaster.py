@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import smlstm.forecaster as module
+from smlstm.features import WARMUP
 from smlstm.fetch import load_prices
-from smlstm.forecaster import Forecaster, ForecasterFileError, SeriesError, WindowConfig, build_table, fit_panel
+from smlstm.forecaster import Forecaster, ForecasterFileError, SeriesError, WindowConfig, begin, build_table, fit_panel, flattened
+from smlstm.model import SMLSTM
 from smlstm.training import TrainConfig
 
 from kit import die_at
@@ -202,6 +204,37 @@ def test_pretrained_names_and_pickles(tmp_path, panel):
         pd.testing.assert_frame_equal(other.predict(frame), panel.predict(frame))
         pd.testing.assert_frame_equal(other.predict(), panel.predict())
         assert other.series == panel.series and other.windows == panel.windows and other.training == panel.training
+
+
+# ---------------------------------------------------------------- panels
+
+def test_a_panel_killed_within_an_epoch_goes_on_with_the_same_moving_windows(tmp_path):
+    tables = {name: build_table(bars(name)) for name in ("SPY", "QQQ")}
+    own = dict(model=SMALL["architecture"], windows=WindowConfig(seq_length=64, batch_size=4), training=TrainConfig(epochs=3, checkpoint_every=1), device="cpu", progress=False)
+
+    def dying(config):
+        net, calls = SMLSTM(config), iter(range(14))
+        net.register_forward_pre_hook(lambda *_: (next(calls), None)[1])
+        return net
+
+    straight, history = fit_panel(tables, **own)
+    with pytest.raises((StopIteration, RuntimeError)): fit_panel(tables, build=dying, checkpoint_dir=tmp_path, **own)
+    resumed, again = fit_panel(tables, checkpoint_dir=tmp_path, resume=True, **own)
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters()))
+    assert [e.valid for e in again.epochs] == [e.valid for e in history.epochs] and resumed.series == straight.series
+
+
+@pytest.mark.parametrize("horizon, stop", [(1, 700), (5, 700), (5, None)])
+def test_training_leaves_streams_where_a_reading_of_the_same_bars_does(horizon, stop):
+    table = build_table(bars("SPY"), horizon)
+    made, _ = fit_panel({"SPY": table}, {"SPY": slice(0, stop)}, SMALL["architecture"], SMALL["windows"], SMALL["training"], device="cpu", progress=False)
+    left = made.streams["SPY"]
+    made.series["SPY"] = made.series["SPY"]._replace(price_scores=(), variance_scores=())
+    read = begin(made, "SPY", table.prices.iloc[: WARMUP + (stop or table.known) + horizon])
+    assert left.row == read.row and left.last == read.last and left.weight == read.weight and left.trades == read.trades
+    assert all(np.array_equal(getattr(left, name), getattr(read, name)) for name in ("variances", "waiting"))
+    assert all(np.array_equal(a, b) for a, b in zip(left.scores, read.scores)) and all(np.array_equal(left.bars[c], read.bars[c], equal_nan=True) for c in read.bars)
+    assert all(torch.equal(a, b) for a, b in zip(flattened(left.state), flattened(read.state)))
 
 
 # ---------------------------------------------------------------- streams

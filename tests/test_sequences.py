@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import TimeSeriesSplit
 
-from smlstm.sequences import Scaler, create_sequences, create_tpu_dataloader, fit_scaler, time_folds
+from smlstm.sequences import Scaler, create_sequences, create_tpu_dataloader, fit_scaler, join_sequences, time_folds
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -90,6 +90,28 @@ def test_any_arrays_give_windows_or_a_clear_error(n, f, k, length, stride):
     assert torch.equal(data[-1][0], data[len(data) - 1][0])
     with pytest.raises(IndexError):
         data[len(data)]
+
+
+@QUICK
+@given(st.lists(st.integers(5, 60), min_size=1, max_size=3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 17), st.integers(0, 40), st.data())
+def test_moving_windows_stay_in_their_series_and_can_be_resumed(rows, length, stride, size, epoch, data):
+    series = [np.arange(n, dtype=np.float32)[:, None] + 1000 * i for i, n in enumerate(rows)]
+    loader = create_tpu_dataloader(join_sequences([create_sequences(x, x, length, True, stride, noise=0.0, moving=True) for x in series]), size)
+    loader.set_epoch(epoch)
+    batches = list(loader)
+    assert {tuple(b.x.shape) for b in batches} == {(size, length, 1)} and all(torch.equal(b.x, b.y) for b in batches)
+    windows = np.concatenate([b.x[b.mask > 0, :, 0].numpy() for b in batches])
+    assert (np.diff(windows) == 1).all()
+    phases = {int(w.min()) for i, n in enumerate(rows) for w in [windows[windows[:, 0] // 1000 == i] - 1000 * i] if n - length >= stride - 1}
+    assert len(phases) <= 1 and all(phase < stride for phase in phases)             # one phase for all
+    for i, n in enumerate(rows):
+        starts = np.sort(windows[windows[:, 0] // 1000 == i][:, 0] - 1000 * i)
+        assert len(starts) == (n - length) // stride + 1 and starts[-1] <= n - length and (np.diff(starts) <= stride).all()
+    skip = data.draw(st.integers(0, len(batches)))
+    loader.set_epoch(epoch)
+    rest = iter(loader)
+    for _ in range(skip): next(rest)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(rest, batches[skip:], strict=True))
 
 
 @QUICK
