@@ -174,8 +174,8 @@ def scale_table(table: Table, train: slice) -> Scaled:
 class WindowConfig:
     "How rows are cut into windows. Raises `ValueError` for values that make no sense."
     seq_length: int = 128  # steps of a window
-    stride: Optional[int] = None  # steps between the starts of two training windows; None: 32 times the number of series, at most seq_length, and moving where there are several
-    batch_size: int = 16
+    stride: Optional[int] = 32  # steps between the starts of two training windows; None: 32 times the number of series, at most seq_length, and moving where there are several
+    batch_size: Optional[int] = None  # windows in a batch; None: 16 for one series, up to 64 for several
     valid_share: float = 0.15  # of the training rows, at their end
     augment: bool = True  # noise on the training inputs
 
@@ -183,6 +183,10 @@ class WindowConfig:
         for name in ("seq_length", "stride", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.valid_share < 1: raise ValueError(f"valid_share={self.valid_share}: must be between 0 and 1")
+
+    def batch(self, n_series: int, n_windows: int) -> int:
+        "Windows in a batch: where it was left open, as many as leave eight batches to an epoch, as one series has."
+        return self.batch_size or (16 if n_series == 1 else 16 * min(max(n_windows // 128, 1), 4))
 
     def strides(self, n_series: int) -> tuple[int, bool]:
         "Steps between the starts of two training windows of a series, and whether they move."
@@ -246,9 +250,10 @@ def make_loaders(scaled, split, windows: WindowConfig, seed: int = 0, device=Non
     "Training batches in random order with noise, validation batches in order without; from one series, or from the same names to many."
     parts = [(scaled[name], split[name]) for name in scaled] if isinstance(scaled, dict) else [(scaled, split)]
     cut = lambda s, rows, stride, augment, moving=False: create_sequences(s.x[rows], s.y[rows], windows.seq_length, augment, stride, seed, moving=moving)
-    (stride, moving), size = windows.strides(len(parts)), windows.batch_size
+    stride, moving = windows.strides(len(parts))
     learn = join_sequences([cut(s, rows.learn, stride, windows.augment, moving) for s, rows in parts])
     valid = join_sequences([cut(s, rows.valid, windows.seq_length, False) for s, rows in parts])
+    size = windows.batch(len(parts), len(learn))
     return Loaders(create_tpu_dataloader(learn, size, shuffle=True, seed=seed, device=device), create_tpu_dataloader(valid, size, shuffle=False, seed=seed, device=device))
 
 # %% ../nbs/18_forecaster.ipynb #809cfa27

@@ -210,7 +210,7 @@ def test_pretrained_names_and_pickles(tmp_path, panel):
 
 def test_a_panel_killed_within_an_epoch_goes_on_with_the_same_moving_windows(tmp_path):
     tables = {name: build_table(bars(name)) for name in ("SPY", "QQQ")}
-    own = dict(model=SMALL["architecture"], windows=WindowConfig(seq_length=64, batch_size=4), training=TrainConfig(epochs=3, checkpoint_every=1), device="cpu", progress=False)
+    own = dict(model=SMALL["architecture"], windows=WindowConfig(seq_length=64, stride=None, batch_size=4), training=TrainConfig(epochs=3, checkpoint_every=1), device="cpu", progress=False)
 
     def dying(config):
         net, calls = SMLSTM(config), iter(range(14))
