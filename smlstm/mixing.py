@@ -935,18 +935,17 @@ class Written(NamedTuple):
     k: Tensor  # [G, L, d]
     v: Tensor  # [G, L, d]
     left: Tensor  # [G, L, 1] of each write
-    w: Tensor  # [G, R, L]
-    W: Tensor  # [G, L, L]
     A: Tensor  # [G, R, d]
-    carried: Tensor  # [G, L]
-    to_end: Tensor  # [G, N, L]
+    seen: Tensor  # [G, N * R, L] of each write by each state through each regime
+    fed: Tensor  # [G, N * R, 1] likewise of the memory before
 
 
 def state_update(x: Written, state: int, C: Optional[Tensor]) -> Tensor:
     "What chunks add to one state, [G, d, d]; C [G, d, d] before them, None for 0."
-    sent = x.to_end[:, state, None] * x.w
-    update = ((sent @ x.W).mT @ x.A * x.v).mT @ x.k
-    return update if C is None else update + ((sent @ x.carried[..., None]).mT @ x.A).mT * C
+    R = x.A.shape[1]
+    seen, fed = (part[:, state * R:(state + 1) * R] for part in (x.seen, x.fed))
+    update = (seen.mT @ x.A * x.v).mT @ x.k
+    return update if C is None else update + (fed.mT @ x.A).mT * C
 
 # %% ../nbs/05_mixing.ipynb #7c548d53
 class FlatCarried(NamedTuple):
@@ -977,9 +976,8 @@ def carry_all(x: Written, C0: Optional[Tensor], n0: Optional[Tensor], X0: Option
     return FlatCarried(C, n, X, C_end, n_end, torch.stack(X_end, 1))
 
 # %% ../nbs/05_mixing.ipynb #6541a5ea
-def read_flat(q, w, A, carried, inside, from_start, skipped, before: FlatCarried) -> tuple[Tensor, Tensor]:
-    "What chunks read from before them, [G, L, d], and of the normalizer, [G, L]; skipped [G, 1, R] is what their first steps add to `inside`."
-    onto = inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, q.shape[1] - 1))                 # [G, t, R]
+def read_flat(q, A, onto, carried, from_start, before: FlatCarried) -> tuple[Tensor, Tensor]:
+    "What chunks read from before them, [G, L, d], and of the normalizer, [G, L]; onto [G, L, R] is how each step sees the memory through each regime."
     read = (onto @ A) * (q @ before.C.flatten(0, 1).mT)
     for reach, X in zip(from_start.unbind(1), before.X): read = read + (reach[..., None] * q) @ X.flatten(0, 1).mT
     return read, (carried[..., None] * before.n.flatten(0, 1) * q).sum(-1)
@@ -1003,11 +1001,13 @@ def mixed_flat(q, k, v, log_i, log_f, log_g, mix: Mixing, theta: float, state: M
     W, carried = torch.exp(fell[..., None] + future(fell) + rise[:, None]), torch.exp(fell + start[:, None])
     only_once(kernel.inside, W)
     numerator, n_q = ReadFlat.apply(kernel.inside, w, W, q @ k.mT, v, A), ((W @ k) * q).sum(-1)
-    written = Written(k, v, torch.exp(rise + fell[:, -1:])[..., None], w, W, A, carried, kernel.to_end)
+    sent = (kernel.to_end[:, :, None] * w[:, None]).flatten(1, 2)
+    written = Written(k, v, torch.exp(rise + fell[:, -1:])[..., None], A, sent @ W, sent @ carried[..., None])
     before = carry_all(written, C0, n0, X0, apart(faded[:, -1]), apart(mix.log_decay.sum(-1)), boundary)
     if before.C is not None:
         skipped = (kernel.held[:, :1] * mix.skip)[..., None] * each(F.pad(regime[..., :-1, -1, :], (0, 0, 1, 0)))[:, None]
-        late = (some(x, P, slice(absent, c)) for x in (q, w, A, carried, kernel.inside, kernel.from_start, skipped))
+        onto = kernel.inside @ (w * carried[:, None]).mT + F.pad(skipped, (0, 0, 0, L - 1))
+        late = (some(x, P, slice(absent, c)) for x in (q, A, onto, carried, kernel.from_start))
         numerator, n_q = (x + in_place(y, P, absent) for x, y in zip((numerator, n_q), read_flat(*late, before)))
     if not absent:
         unexplained = (state.Cm.flatten(0, 1) - (mix.read[:, None, None] * X0).sum(1)) @ apart(q)[:, 0, 0, :, None]
