@@ -171,8 +171,7 @@ def cell_table(sizes=SIZES, runs: int = 7, memory: bool = True, device: str = "c
 # %% ../nbs/27_benchmarks.ipynb #ebd92643
 def growth_of_time(lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536), d: int = 64, runs: int = 3) -> pd.Series:
     "time(2T)/time(T) of the fused form, forward and backward, B = 1, indexed by T."
-    pick = lambda T: {T: contenders(1, T, d)["fused"]}
-    seconds = pd.Series({T: medians(pick(T), runs)[T] for T in lengths})
+    seconds = medians({T: contenders(1, T, d)["fused"] for T in lengths}, runs)
     return (seconds.shift(-1) / seconds).dropna()
 
 
@@ -215,9 +214,9 @@ def measure(runs: int = 7) -> dict:
     "Everything in the record; takes some minutes."
     torch.set_num_threads(1)
     cell = cell_table(runs=runs).reset_index().to_dict("list")
-    growth_ = growth_of_time(runs=3)
+    growth_ = growth_of_time(runs=7)
     return {"torch": torch.__version__, "threads": 1, "cell": cell, "growth": {str(T): ratio for T, ratio in growth_.items()},
-            "peak_gib_65536": peak_memory(1, 65536, 64, "fused") / 1024, "step": step_against_rerun(), "step_compiled": step_against_rerun(compiled=True)}
+            "peak_gib_65536": peak_memory(1, 65536, 64, "fused") / 1024, "step": step_against_rerun(runs=101), "step_compiled": step_against_rerun(runs=101, compiled=True)}
 
 
 def main(argv: Optional[list] = None) -> None:
