@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'TURN', 'PRODUCT', 'CHUNK', 'FADING', 'ATTENTION', 'MATRICES', 'ENDS', 'PLAIN', 'SHARED', 'SEQUENCES',
-           'EXPORT', 'CHUNKS', 'MEMORY', 'FLAGS', 'REAL', 'SEGMENT', 'MemoryState', 'initial_memory', 'normalized_read',
-           'check_inputs', 'finite_log', 'at_least_float32', 'recurrent', 'random_inputs', 'future', 'decay_matrix',
-           'Weights', 'memory_weights', 'cumulative', 'boundary_scale', 'Carry', 'carry', 'read_chunks', 'compiler',
-           'compiled', 'library', 'goes_compiled', 'Operands', 'call', 'as_groups', 'of_models', 'CompiledBack',
-           'Compiled', 'by_head', 'normalizer_floor', 'read_compiled', 'cut', 'joined', 'chunkwise']
+           'EXPORT', 'CHUNKS', 'MEMORY', 'STEPS', 'ROW_BYTES', 'FLAGS', 'REAL', 'SEGMENT', 'MemoryState',
+           'initial_memory', 'normalizer_floor', 'normalized_read', 'check_inputs', 'finite_log', 'at_least_float32',
+           'recurrent', 'random_inputs', 'future', 'decay_matrix', 'Weights', 'memory_weights', 'cumulative',
+           'boundary_scale', 'Carry', 'carry', 'read_chunks', 'compiler', 'compiled', 'library', 'goes_compiled',
+           'Operands', 'call', 'as_groups', 'of_models', 'CompiledBack', 'Compiled', 'by_head', 'read_compiled', 'cut',
+           'joined', 'chunkwise']
 
 # %% ../nbs/02_memory.ipynb #c57c337b
 import ctypes
@@ -44,11 +45,14 @@ def initial_memory(k: Tensor, v: Tensor) -> MemoryState:
     return MemoryState(v.new_zeros(B, H, v.shape[-1], d), k.new_zeros(B, H, d), k.new_zeros(B, H))
 
 # %% ../nbs/02_memory.ipynb #d8d47fd3
+def normalizer_floor(m: Tensor, theta: float) -> Tensor:
+    "What `normalized_read` divides by at least, on the scale m."
+    return (theta * torch.exp(-m)).clamp(min=torch.finfo(m.dtype).tiny ** 0.4)
+
+
 def normalized_read(numerator: Tensor, n_q: Tensor, m: Tensor, theta: float) -> Tensor:
     "`numerator / max(|n_q|, theta exp(-m))`: numerator [..., d], n_q and m [...], all on the scale `exp(m)`."
-    smallest = torch.finfo(numerator.dtype).tiny ** 0.4
-    floor = (theta * torch.exp(-m)).clamp(min=smallest)
-    return numerator * torch.maximum(n_q.abs(), floor).reciprocal()[..., None]
+    return numerator * torch.maximum(n_q.abs(), normalizer_floor(m, theta)).reciprocal()[..., None]
 
 # %% ../nbs/02_memory.ipynb #bad2b85a
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, chunk_size: int = 1) -> None:
@@ -236,7 +240,7 @@ constexpr int BYTES = 32;
 #else
 constexpr int BYTES = 16;
 #endif
-constexpr int L = 32, W = BYTES / sizeof(F), ROW = 64 / sizeof(F);  // steps of a chunk; numbers of a vector; a row is a multiple of this
+constexpr int L = STEPS, W = BYTES / sizeof(F), ROW = ROW_BYTES / sizeof(F);  // steps of a chunk; numbers of a vector; a row is a multiple of this
 typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
 
 inline V& at(F* x) { return *(V*)x; }
@@ -337,7 +341,8 @@ struct Chunk {
         for (F** x : {&fade, &scores, &to_fade, &to_scores}) *x = take(L * (L + 1));
         for (F** x : {&i, &f, &floor, &shown, &gn, &to_i, &to_f, &to_shown, &to_last, &series}) *x = take(L + W);
     }
-    F last(int u) { return fade[u * L + L - 1]; }  // what is left at the end of the write at u
+    F* ends() { return fade + L - 1; }             // every L numbers: what is left at the end of the write at u
+    F last(int u) { return ends()[u * L]; }
     F kept() { return shown[L - 1]; }              // and of what came before the chunk
 
     void rows_in(F* to, const F* from, int n) { zero(L * p, to); for (int t = 0; t < n; t++) memcpy(to + t * p, from + t * d, d * sizeof(F)); }
@@ -414,27 +419,30 @@ ATTENTION = r"""
 
 # %% ../nbs/02_memory.ipynb #854d5ed7
 MATRICES = r"""
+    // out [n, p] = weights [n] x [n]; weights stand every `step` numbers, x every `every`
+    void weigh(int n, const F* weights, int step, const F* x, long every, F* out) { for (int i = 0; i < n; i++) scale(p, weights[i * step], x + i * every, out + i * p); }
+
     // out [t] += weights [t] S q [t], for S stored [j, i]
     void ask(const F* weights, const F* S, F* out) {
-        for (int t = 0; t < L; t++) scale(p, weights[t], q + t * p, rows + t * p);
+        weigh(L, weights, 1, q, p, rows);
         product(L, p, p, rows, p, 1, S, p, out, p, true);
     }
     void ask_back(const F* weights, const F* S, F* E, F* to_weights) {  // E += the gradient of S
         product(p, L, p, S, p, 1, gT, L, square, L);
         zero(L, to_weights);
         for (int j = 0; j < p; j++) { add_times(L, weights, square + j * L, to_qT + j * L); add_times(L, qT + j * L, square + j * L, to_weights); }
-        for (int t = 0; t < L; t++) scale(p, weights[t], q + t * p, rows + t * p);
+        weigh(L, weights, 1, q, p, rows);
         product(p, p, L, rows, 1, p, g, p, E, p, true);
     }
     // S += sum over n of weights [n] values [n] keys [n]^T, keys and values every k and v numbers
     void write(int n, const F* weights, int step, const F* keys, long k, const F* values, long v, F* S, F* room) {
-        for (int i = 0; i < n; i++) scale(p, weights[i * step], values + i * v, room + i * p);
+        weigh(n, weights, step, values, v, room);
         product(p, p, n, keys, 1, k, room, p, S, p, true);
     }
     void write_back(int n, const F* weights, int step, const F* keys, long k, const F* values, long v, const F* E, F* to_weights, F* to_keys, F* to_values, F* room, F* ET) {
         product(n, p, p, keys, k, 1, E, p, room, p);
-        for (int i = 0; i < n; i++) { to_weights[i * step] += dot(p, room + i * p, values + i * v); add(p, weights[i * step], room + i * p, to_values + i * v); }
-        for (int i = 0; i < n; i++) scale(p, weights[i * step], values + i * v, room + i * p);
+        for (int i = 0; i < n; i++) { to_weights[i] += dot(p, room + i * p, values + i * v); add(p, weights[i * step], room + i * p, to_values + i * v); }
+        weigh(n, weights, step, values, v, room);
         turn(p, p, E, p, ET, p);
         product(n, p, p, room, p, 1, ET, p, to_keys, k, true);
     }
@@ -474,23 +482,22 @@ ENDS = r"""
 # %% ../nbs/02_memory.ipynb #605dff85
 PLAIN = r"""
 struct Plain : Chunk {
-    F *masked, *ends, *weights, *ET;
-    Plain(const Sizes& s) : Chunk(s), masked(take(L * L)), ends(take(L)), weights(take(L)), ET(take(p * p)) {}
+    F *masked, *weights, *ET;
+    Plain(const Sizes& s) : Chunk(s), masked(take(L * L)), weights(take(L)), ET(take(p * p)) {}
 
     void prepare() {
         fading(); score(k, 1, scores); times(L * L, fade, scores, masked);
-        for (int u = 0; u < L; u++) ends[u] = last(u);
     }
     void forward(const F* before, F* after, F* out, F* n_q) {
         prepare();
         attend(masked, v, 1, out); ask(shown, before, out); normalizer(before + pp, after + pp, n_q);
-        scale(pp, kept(), before, after); write(L, ends, 1, k, p, v, p, after, rows);
+        scale(pp, kept(), before, after); write(L, ends(), L, k, p, v, p, after, rows);
     }
     void backward(const F* before, F* E) {
         begin_back(); prepare();
         attend_back(masked, v, 1, to_scores, to_v);
         times(L * L, scores, to_scores, to_fade); times(L * L, fade, to_scores, to_scores);
-        write_back(L, ends, 1, k, p, v, p, E, to_last, to_k, to_v, rows, ET);
+        write_back(L, ends(), L, k, p, v, p, E, to_last, to_k, to_v, rows, ET);
         to_kept += dot(pp, before, E); scale(pp, kept(), E, E);
         ask_back(shown, before, E, weights); add(L, 1, weights, to_shown);
         normalizer_back(before + pp, E + pp); score_back(to_scores, k, 1, to_k);
@@ -578,7 +585,8 @@ CHUNKS = "".join((VECTORS, TURN, PRODUCT, CHUNK, FADING, ATTENTION, MATRICES, EN
 MEMORY = CHUNKS + PLAIN + "EXPORT(plain, Plain)\n"
 
 # %% ../nbs/02_memory.ipynb #a6199611
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+STEPS, ROW_BYTES = 32, 64  # steps of a chunk; a row of numbers is a multiple of these bytes
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC", "-pthread", f"-DSTEPS={STEPS}", f"-DROW_BYTES={ROW_BYTES}"]
 
 
 def compiler() -> list[str]:
@@ -697,9 +705,9 @@ class Compiled(torch.autograd.Function):
     @staticmethod
     def forward(source, form, keep, *x):
         x = Operands(*x)
-        (G, B, T, d), n, width = x.q.shape, x.matrices.shape[2], 64 // x.q.element_size()
+        (G, B, T, d), n, width = x.q.shape, x.matrices.shape[2], ROW_BYTES // x.q.element_size()
         h, n_q, ends, p = torch.empty_like(x.v), torch.empty_like(x.f), [torch.empty_like(x.matrices), torch.empty_like(x.normal)], -(-d // width) * width
-        kept = x.q.new_empty(G * B, -(-T // 32) + 1, n * p * p + p) if keep else None
+        kept = x.q.new_empty(G * B, -(-T // STEPS) + 1, n * p * p + p) if keep else None
         call(source, form, x, [h, n_q, *ends, kept])
         return (h, *ends, n_q, kept) if keep else (h, *ends)
 
@@ -726,11 +734,6 @@ class Compiled(torch.autograd.Function):
 def by_head(x: Tensor) -> Tensor:
     "[B, H, ...] to [H, B, ...], and back."
     return x.transpose(0, 1).contiguous()
-
-
-def normalizer_floor(m: Tensor, theta: float) -> Tensor:
-    "What `normalized_read` divides by at least, on the scale m."
-    return (theta * torch.exp(-m)).clamp(min=torch.finfo(m.dtype).tiny ** 0.4)
 
 
 def read_compiled(q, k, v, log_i, log_f, theta: float, state: MemoryState) -> tuple[Tensor, MemoryState]:
