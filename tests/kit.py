@@ -5,12 +5,12 @@ import signal
 
 import torch
 
-from smlstm.ensemble import join_states
-from smlstm.model import Forecast, map_state
+from smlstm.model.model import Forecast, map_state
+from smlstm.using.members import join_states
 
 
 def die_at(moment, *places):
-    "From now on the n-th call of the attributes `places`, pairs of an owner and a name, kills this process without a word: for a child."
+    "From now on the n-th call of `places`, pairs of an owner and an attribute, kills this process: for a child."
     left = [moment]
 
     def mortal(operation):
@@ -19,6 +19,7 @@ def die_at(moment, *places):
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return operation(*arguments, **options)
+
         return step
 
     for owner, name in places:

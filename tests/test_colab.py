@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
-
 from test_packaging import COLAB, ROOT
 
 
@@ -41,7 +40,10 @@ def colab(tmp_path_factory):
         pretend(next(folder.glob("lib/python*/site-packages")), name, version)
 
     def plan(*wanted):
-        subprocess.run([folder / "bin" / "pip", "install", "-q", "--dry-run", "--report", folder / "report.json", *wanted], check=True)
+        subprocess.run(
+            [folder / "bin" / "pip", "install", "-q", "--dry-run", "--report", folder / "report.json", *wanted],
+            check=True,
+        )
         report = json.loads((folder / "report.json").read_text())
         return {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
 

@@ -1,35 +1,49 @@
 """Devices: names, generators, replicas."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import random
 import torch
 
-import smlstm.device as device
-from smlstm.device import DeviceError, Replicas, all_sum, autocast, get_rng_state, launch, pick_device, replicas, seed_everything, set_rng_state
+import smlstm.learning.device as device
+from smlstm.learning.device import (
+    DeviceError,
+    Replicas,
+    all_sum,
+    autocast,
+    get_rng_state,
+    launch,
+    pick_device,
+    replicas,
+    seed_everything,
+    set_rng_state,
+)
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "tpu3", "cuda:x", "CPU:"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(DeviceError, match="use 'auto'"): pick_device(name)
+    with pytest.raises(DeviceError, match="use 'auto'"):
+        pick_device(name)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "xpu"])
 def test_devices_that_are_not_there_are_refused(name):
-    with pytest.raises(DeviceError, match="is not there"): pick_device(name)
+    with pytest.raises(DeviceError, match="is not there"):
+        pick_device(name)
 
 
 def test_xla_is_refused_without_torch_xla(monkeypatch):
     monkeypatch.setattr(device, "xla_hardware", lambda: None)
-    with pytest.raises(DeviceError, match="needs torch_xla"): pick_device("xla")
+    with pytest.raises(DeviceError, match="needs torch_xla"):
+        pick_device("xla")
 
 
 def test_auto_never_takes_xla_on_a_cpu(monkeypatch):
@@ -38,7 +52,9 @@ def test_auto_never_takes_xla_on_a_cpu(monkeypatch):
 
 
 def test_every_generator_is_seeded_saved_and_put_back():
-    def draws(): return [torch.randn(3).tolist(), np.random.randn(3).tolist(), random.random(), random.gauss(0, 1)]
+    def draws():
+        return [torch.randn(3).tolist(), np.random.randn(3).tolist(), random.random(), random.gauss(0, 1)]
+
     seed_everything(5, CPU)
     first = draws()
     seed_everything(5, CPU)
@@ -66,7 +82,8 @@ def test_seeds_beyond_32_bits_are_taken():
 
 
 def test_other_precisions_are_refused():
-    with pytest.raises(ValueError, match="float16"): autocast(CPU, "float16")
+    with pytest.raises(ValueError, match="float16"):
+        autocast(CPU, "float16")
 
 
 def who_am_i(folder):
@@ -85,7 +102,19 @@ def test_launch_runs_once_per_process(tmp_path):
 
 def test_launch_joins_what_torchrun_started(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import sys\nfrom smlstm.device import launch\nfrom test_device import who_am_i\nlaunch(who_am_i, sys.argv[1], device='cpu')\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path], env=environment, check=True, timeout=300)
+    script.write_text(
+        "import sys\nfrom smlstm.learning.device import launch\nfrom test_device import who_am_i\n"
+        "launch(who_am_i, sys.argv[1], device='cpu')\n"
+    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+    }
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path],
+        env=environment,
+        check=True,
+        timeout=300,
+    )
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["2 1.0 0.0", "2 1.0 1.0"]

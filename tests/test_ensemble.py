@@ -7,18 +7,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit import Window, check_pieces, state_shapes
 from safetensors.torch import save_file
 
-from smlstm.ensemble import (
-    EnsembleConfig, Member, MemberConfig, Record, SMLSTMEnsemble, Together, agreement, default_members, ensemble_config, fit_ensemble, fit_meta, focused, half_right,
-    in_continuing, inner_folds, load_ensemble, load_network, rolling_blocks, weight_frame,
+from smlstm.data.windows import create_sequences, create_tpu_dataloader
+from smlstm.learning.checkpoints import ModelFileError, save_model
+from smlstm.learning.settings import TrainConfig
+from smlstm.model.losses import MultiObjectiveLoss
+from smlstm.model.model import SMLSTMConfig
+from smlstm.using.ensemble import (
+    EnsembleConfig,
+    SkillRecord,
+    SMLSTMEnsemble,
+    ensemble_config,
+    load_ensemble,
+    load_network,
+    recent_correlation,
+    weight_frame,
 )
-from smlstm.losses import MultiObjectiveLoss
-from smlstm.model import ModelFileError, SMLSTMConfig, save_model
-from smlstm.sequences import create_sequences, create_tpu_dataloader
-from smlstm.training import TrainConfig
-
-from kit import Window, check_pieces, state_shapes
+from smlstm.using.members import BatchedMembers, Member, MemberConfig, rolling_blocks
+from smlstm.using.stacking import (
+    default_members,
+    distinct_specialists,
+    fit_ensemble,
+    fit_meta,
+    inner_folds,
+    is_continuing,
+    weight_by_focus,
+)
 
 SMALL = SMLSTMConfig(n_features=3, hidden_size=8, n_layers=1, chunk_size=8)
 
@@ -30,18 +46,28 @@ def trained_like(config):
         for head in (member.model.heads, member.model.direct):
             torch.nn.init.normal_(head.weight)
     ensemble = SMLSTMEnsemble(config, members)
-    for part in (ensemble.meta_network.portfolios, ensemble.meta_network.news, ensemble.meta_network.base):
+    for part in (ensemble.meta_network.mixtures, ensemble.meta_network.readout, ensemble.meta_network.constant):
         torch.nn.init.normal_(part)
     return ensemble.eval()
 
 
-KINDS = [default_members(SMALL), default_members(SMALL, (2, 3)), (MemberConfig(4, replace(SMALL, processor="mlp")),),
-         default_members(replace(SMALL, n_layers=2, d_state=0, left="full", input_gate="sigmoid"), (1, 7))]
+KINDS = [
+    default_members(SMALL),
+    default_members(SMALL, (2, 3)),
+    (MemberConfig(4, replace(SMALL, regime_transform="mlp")),),
+    default_members(replace(SMALL, n_layers=2, d_state=0, value_transform="full", input_gate="sigmoid"), (1, 7)),
+]
 
 
-@pytest.mark.parametrize("members, horizon", [*((members, 1) for members in KINDS), (KINDS[1], 3)], ids=range(len(KINDS) + 1))
+@pytest.mark.parametrize(
+    "members, horizon", [*((members, 1) for members in KINDS), (KINDS[1], 3)], ids=range(len(KINDS) + 1)
+)
 def test_any_split_any_batch_gives_the_same_forecasts(members, horizon):
-    check_pieces(trained_like(EnsembleConfig(members, horizon=horizon)).double(), torch.randn(3, 45, 3, dtype=torch.float64), ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]))
+    check_pieces(
+        trained_like(EnsembleConfig(members, horizon=horizon)).double(),
+        torch.randn(3, 45, 3, dtype=torch.float64),
+        ([45], [44, 1], [1] * 45, [9, 17, 19], [21, 21, 3]),
+    )
 
 
 def test_nothing_reaches_back_from_any_step():
@@ -49,8 +75,10 @@ def test_nothing_reaches_back_from_any_step():
     x = torch.randn(1, 60, 3, dtype=torch.float64).requires_grad_()
     forecast, _ = ensemble(x)
     for t in (0, 4, 20, 41):
-        (gradient,) = torch.autograd.grad(sum(part[0, t].sum() * w for part, w in zip(forecast, (1.0, 0.7, 0.3, 0.1))), x, retain_graph=True)
-        assert not gradient[0, t + 1:].any() and gradient[0, t].any()
+        (gradient,) = torch.autograd.grad(
+            sum(part[0, t].sum() * w for part, w in zip(forecast, (1.0, 0.7, 0.3, 0.1))), x, retain_graph=True
+        )
+        assert not gradient[0, t + 1 :].any() and gradient[0, t].any()
 
 
 def test_the_batch_has_the_gradients_of_the_loop():
@@ -58,7 +86,7 @@ def test_the_batch_has_the_gradients_of_the_loop():
     members = [Member(MemberConfig(3, SMALL)).double().eval() for _ in range(3)]
     for member in members:
         torch.nn.init.normal_(member.model.heads.weight)
-    together, x = Together(members).eval(), torch.randn(2, 40, 3, dtype=torch.float64)
+    together, x = BatchedMembers(members).eval(), torch.randn(2, 40, 3, dtype=torch.float64)
     torch.manual_seed(1)
     weight = torch.randn(2, 3, 40, dtype=torch.float64)
     (together(x)[0].price * weight).sum().backward()
@@ -74,24 +102,27 @@ def test_the_batch_has_the_gradients_of_the_loop():
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_a_forecast_counts_for_its_record_when_its_outcome_is_known(horizon):
     said, came = torch.randn(2, 30, 5), torch.randn(2, 30, 5)
-    nothing = Record(torch.zeros(2, horizon, 5), torch.zeros(2, 3, 5))
-    lately, _ = agreement(said, came, nothing)
+    nothing = SkillRecord(torch.zeros(2, horizon, 5), torch.zeros(2, 3, 5))
+    lately, _ = recent_correlation(said, came, nothing)
     for changed, first in ((said, 10 + horizon), (came, 10)):
         other = changed.clone()
         other[:, 10] += 1
-        now, _ = agreement(other if changed is said else said, other if changed is came else came, nothing)
+        now, _ = recent_correlation(other if changed is said else said, other if changed is came else came, nothing)
         moved = (now != lately).any(2).any(0)
         assert not moved[:first].any() and moved[first:].all()
 
 
 def test_a_member_learns_from_its_half_of_the_rows():
-    (x, y), rows = data(), slice(0, 300)
-    whole, half = focused(y, None, rows), focused(y, "continuing", rows)
+    (_, y), rows = data(), slice(0, 300)
+    whole, half = weight_by_focus(y, None, rows), weight_by_focus(y, "continuing", rows)
     assert whole is y and set(half[:, 3]) == {0.0, 2.0} and half[rows, 3].mean() == pytest.approx(1)
-    other = focused(y, "reverting", rows)
+    other = weight_by_focus(y, "reverting", rows)
     assert (half[:, 3] + other[:, 3] == 2).all()
     y[200:] = 5
-    assert (focused(y, "continuing", slice(0, 200))[:200] == focused(data()[1], "continuing", slice(0, 200))[:200]).all()
+    assert (
+        weight_by_focus(y, "continuing", slice(0, 200))[:200]
+        == weight_by_focus(data()[1], "continuing", slice(0, 200))[:200]
+    ).all()
     with pytest.raises(ValueError, match="focus='up'"):
         MemberConfig(1, SMALL, "up")
 
@@ -100,7 +131,11 @@ def test_only_the_meta_network_learns():
     ensemble = trained_like(EnsembleConfig(default_members(SMALL))).train()
     assert not any(module.training for module in ensemble.groups.modules())
     ensemble(torch.randn(2, 30, 3))[0].price.sum().backward()
-    assert all((p.grad is None) == name.startswith("groups") for name, p in ensemble.named_parameters() if "persistence" not in name and "regimes.bias" not in name and "cell." not in name)
+    assert all(
+        (p.grad is None) == name.startswith("groups")
+        for name, p in ensemble.named_parameters()
+        if "persistence" not in name and "regimes.bias" not in name and "cell." not in name
+    )
 
 
 def test_the_state_does_not_grow_and_keeps_the_batch_in_front():
@@ -124,8 +159,15 @@ def test_the_configuration_survives_json():
     assert ensemble_config(json.loads(json.dumps(asdict(config)))) == config
 
 
-@pytest.mark.parametrize("spoil", [lambda t, c: (t, c.replace('"scale": 5', '"scale": 0')), lambda t, c: (t, c.replace('"hidden_size": 8', '"hidden_size": 16')),
-                                   lambda t, c: (dict(list(t.items())[1:]), c), lambda t, c: (t, c.replace('"width"', '"breadth"'))])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t, c: (t, c.replace('"scale": 5', '"scale": 0')),
+        lambda t, c: (t, c.replace('"hidden_size": 8', '"hidden_size": 16')),
+        lambda t, c: (dict(list(t.items())[1:]), c),
+        lambda t, c: (t, c.replace('"width"', '"breadth"')),
+    ],
+)
 def test_a_file_that_does_not_fit_is_refused(tmp_path, spoil):
     from safetensors import safe_open
 
@@ -145,7 +187,7 @@ def test_blocks_are_means_of_complete_blocks_however_long():
     for scale in (1, 2, 21, 60):
         blocks, rows = rolling_blocks(x, torch.zeros(1, scale - 1, 2, dtype=torch.float64), scale)
         padded = torch.cat([torch.zeros(1, scale, 2, dtype=torch.float64), x], 1)
-        by_hand = torch.stack([padded[:, t + 1:t + 1 + scale].mean(1) for t in range(50)], 1)
+        by_hand = torch.stack([padded[:, t + 1 : t + 1 + scale].mean(1) for t in range(50)], 1)
         torch.testing.assert_close(blocks, by_hand)
         assert rows.shape[1] == scale - 1
 
@@ -153,14 +195,18 @@ def test_blocks_are_means_of_complete_blocks_however_long():
 def test_inner_folds_never_look_ahead():
     for start, stop, folds, horizon in ((0, 1000, 2, 1), (17, 500, 3, 5), (100, 163, 2, 10)):
         for train, test in inner_folds(slice(start, stop), folds, horizon):
-            assert train.start == start and train.stop <= test.start - horizon and test.stop <= stop and train.stop > start
+            assert (
+                train.start == start and train.stop <= test.start - horizon and test.stop <= stop and train.stop > start
+            )
         assert test.stop == stop
 
 
 def data(n=400, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, 3)).astype(np.float32)
-    y = np.column_stack([x[:, 0] + rng.standard_normal(n), rng.standard_normal(n) > 0, rng.standard_normal(n)]).astype(np.float32)
+    y = np.column_stack([x[:, 0] + rng.standard_normal(n), rng.standard_normal(n) > 0, rng.standard_normal(n)]).astype(
+        np.float32
+    )
     return x, y
 
 
@@ -170,12 +216,15 @@ def split(rows):
 
 
 def loaders(x, y, learn, valid, seed):
-    cut = lambda rows, shuffle: create_tpu_dataloader(create_sequences(x[rows], y[rows], 16, False, 8), 8, shuffle, seed=seed)
+    cut = lambda rows, shuffle: create_tpu_dataloader(
+        create_sequences(x[rows], y[rows], 16, False, 8), 8, shuffle, seed=seed
+    )
     return cut(learn, True), cut(valid, False)
 
 
 def market(two_halves, n=1200, seed=0):
-    """Features, targets, and opinions of three members: one that knows the market, one that always thinks it continues, one that always thinks it reverts (but where it has no halves all agree)."""
+    """Features, targets, and forecasts of three members: one knows the market, one always expects it to
+    go on, one to revert. Where it has no halves all agree."""
     rng = np.random.default_rng(seed)
     sign = np.cumprod(np.where(rng.random(n + 1) < 0.99, 1, -1)) if two_halves else np.ones(n + 1)
     r = rng.standard_normal(n + 1)
@@ -196,30 +245,42 @@ def with_focus(*focuses):
 @pytest.mark.parametrize("two_halves", [False, True])
 def test_members_for_half_of_the_market_stand_where_it_has_no_halves(two_halves, seed):
     x, y, said = market(two_halves, seed=seed)
-    meta, _ = fit_meta(with_focus(None, "continuing", "reverting"), said, x, y, *split(slice(0, 1200)), loaders, TrainConfig(epochs=1, warmup_epochs=0, pos_weight=1.0), device="cpu", progress=False)
-    weights = meta.portfolios.softmax(-1).detach()[:, 1, 1:3]
+    meta, _ = fit_meta(
+        with_focus(None, "continuing", "reverting"),
+        said,
+        x,
+        y,
+        *split(slice(0, 1200)),
+        loaders,
+        TrainConfig(epochs=1, warmup_epochs=0, pos_weight=1.0),
+        device="cpu",
+        progress=False,
+    )
+    weights = meta.mixtures.softmax(-1).detach()[:, 1, 1:3]
     assert (weights < 1e-6).all() if two_halves else (weights > 0.15).all()
 
 
 def test_who_is_half_right():
     x, y, said = market(True)
-    continues = in_continuing(y, slice(0, 1200))
-    half = lambda *focuses: half_right(with_focus(*focuses), said, y, continues, MultiObjectiveLoss(1.0))
+    continues = is_continuing(y, slice(0, 1200))
+    half = lambda *focuses: distinct_specialists(with_focus(*focuses), said, y, continues, MultiObjectiveLoss(1.0))
     assert half(None, "continuing", "reverting") == (1, 2)
     assert half(None, "reverting", "continuing") == ()  # each is worse where it was trained
     assert half(None, None, "reverting") == (2,)  # nobody to compare with
     assert half("continuing", "continuing", "reverting") == half(None, None, None) == ()  # nobody else would be left
 
 
-QUICK = dict(split=split, loaders=loaders, training=TrainConfig(epochs=2, warmup_epochs=1), device="cpu", progress=False)
+QUICK = dict(
+    split=split, loaders=loaders, training=TrainConfig(epochs=2, warmup_epochs=1), device="cpu", progress=False
+)
 
 
 def test_interrupted_training_ends_where_the_uninterrupted_does(tmp_path, monkeypatch):
-    import smlstm.ensemble as ensemble
+    import smlstm.using.stacking as stacking
 
     (x, y), config = data(), EnsembleConfig(default_members(SMALL, (1, 4)))
     whole, _ = fit_ensemble(config, x, y, slice(0, 300), **QUICK)
-    real, calls = ensemble.fit, []
+    real, calls = stacking.fit, []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -227,10 +288,10 @@ def test_interrupted_training_ends_where_the_uninterrupted_does(tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ensemble, "fit", dies)
+    monkeypatch.setattr(stacking, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
         fit_ensemble(config, x, y, slice(0, 300), checkpoint_dir=tmp_path, resume=True, **QUICK)
-    monkeypatch.setattr(ensemble, "fit", real)
+    monkeypatch.setattr(stacking, "fit", real)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.safetensors")}
     again, _ = fit_ensemble(config, x, y, slice(0, 300), checkpoint_dir=tmp_path, resume=True, **QUICK)
     assert len(before) == 5 and all(path.stat().st_mtime_ns == then for path, then in before.items())
@@ -249,11 +310,15 @@ def test_rows_after_the_training_rows_have_no_influence():
 
 
 def test_the_record_of_the_contest_is_whole():
-    from smlstm.ensemble_planted import PLANTED, SEEDS, read_scores, summary
+    from smlstm.evidence.ensemble import CONTEST_SEEDS, PLANTED, read_scores, regret_table
 
-    scores = read_scores(Path(__file__).parent.parent / "nbs" / "ensemble.json")
+    scores = read_scores(Path(__file__).parent.parent / "nbs" / "evidence" / "ensemble.json")
     rivals = [*EnsembleConfig(default_members(SMALL)).names, "equal weights", "chosen before", "ensemble"]
-    assert [tuple(row) for row in scores[["series", "seed", "forecaster"]].to_numpy()] == [(name, seed, rival) for name in PLANTED for seed in SEEDS for rival in rivals]
-    table = summary(scores)
+    assert [tuple(row) for row in scores[["series", "seed", "forecaster"]].to_numpy()] == [
+        (name, seed, rival) for name in PLANTED for seed in CONTEST_SEEDS for rival in rivals
+    ]
+    table = regret_table(scores)
     noise = scores[scores.series == "noise"].groupby("forecaster").direction.mean()
-    assert table.over_best["noise"] == pytest.approx(noise["ensemble"] / noise.drop(["equal weights", "chosen before", "ensemble"]).min())
+    assert table.over_best["noise"] == pytest.approx(
+        noise["ensemble"] / noise.drop(["equal weights", "chosen before", "ensemble"]).min()
+    )

@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from smlstm import export
-from smlstm.export import ExportError, export_step, export_window, flat_state, onnx_state, onnx_step, open_onnx
-from smlstm.model import SMLSTM, SMLSTMConfig, empty_state
+from smlstm.model.model import SMLSTM, SMLSTMConfig, empty_state
+from smlstm.using import export
+from smlstm.using.export import ExportError, export_step, export_window, flat_state, onnx_state, onnx_step, open_onnx
 
-needs_onnx = pytest.mark.skipif(not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason='ONNX is not installed: pip install ".[onnx]"')
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason='ONNX is not installed: pip install ".[onnx]"',
+)
 
 KINDS = {
     "default": {},
-    "full processors": {"left": "full", "right": "full"},
-    "row networks": {"processor": "mlp"},
-    "bilinear state space": {"ssm_method": "bilinear", "right": "diagonal"},
+    "full transforms": {"value_transform": "full", "key_transform": "full"},
+    "row networks": {"regime_transform": "mlp"},
+    "bilinear state space": {"ssm_method": "bilinear", "key_transform": "diagonal"},
+    "three horizons": {"n_horizons": 3},
     "two layers": {"n_layers": 2, "n_heads": 4, "n_regimes": 2, "window": 7},
 }
-BARE = {"d_state": 0, "trend": False, "left": None, "input_gate": "sigmoid", "shortcut": False}
+BARE = {"d_state": 0, "trend": False, "value_transform": None, "input_gate": "sigmoid", "shortcut": False}
 
 
 def made(**options):
@@ -94,7 +98,9 @@ def test_the_model_is_left_alone_and_a_failure_leaves_no_file(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="no translation"):
         export_step(model, tmp_path / "step.onnx")
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert [file.name for file in tmp_path.iterdir()] == ["step.onnx"] and (tmp_path / "step.onnx").read_text() == "the old one"
+    assert [file.name for file in tmp_path.iterdir()] == ["step.onnx"] and (
+        tmp_path / "step.onnx"
+    ).read_text() == "the old one"
 
 
 @needs_onnx
@@ -103,8 +109,15 @@ def test_a_graph_of_somebody_else_is_refused(tmp_path):
     from onnx import TensorProto, helper
 
     value = helper.make_tensor_value_info
-    graph = helper.make_graph([helper.make_node("Relu", ["a"], ["b"])], "g", [value("a", TensorProto.FLOAT, [1])], [value("b", TensorProto.FLOAT, [1])])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "relu.onnx"))
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["a"], ["b"])],
+        "g",
+        [value("a", TensorProto.FLOAT, [1])],
+        [value("b", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "relu.onnx")
+    )
     with pytest.raises(ExportError, match="relu.onnx was not written by export_step or export_window"):
         open_onnx(tmp_path / "relu.onnx")
 

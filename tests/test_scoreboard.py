@@ -1,4 +1,4 @@
-"""The figures to reach: the record beside the notebook is whole and says what it proves; each is measured anew with --slow."""
+"""The figures to reach: the record beside the notebook is whole; each is measured anew with --slow."""
 
 import json
 import statistics
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from smlstm.scoreboard import CONTENDERS, MEASURES, PARTS, Figure, calendar_folds, judged, main, measure, random_walk, read_figures, scoreboard
+from smlstm.evidence.figures import CONTENDERS, PARTS, Figure, scoreboard
+from smlstm.evidence.scoreboard import MEASURES, judged, main, measure_figures, random_walk, read_record
 
-RECORD = Path(__file__).parent.parent / "nbs" / "scoreboard.json"
+RECORD = Path(__file__).parent.parent / "nbs" / "evidence" / "scoreboard.json"
 
 
 def test_the_record_is_whole_and_in_order():
@@ -16,11 +17,14 @@ def test_the_record_is_whole_and_in_order():
     assert list(record) == list(MEASURES)
     for part in record.values():
         assert part["cpu_seconds"] > 0 and part["measured"] and part["torch"]
-    assert len(scoreboard(read_figures(RECORD))) == sum(len(part["figures"]) for part in record.values())
+    assert len(scoreboard(read_record(RECORD))) == sum(len(part["figures"]) for part in record.values())
 
 
 def test_every_recorded_verdict_follows_from_its_numbers():
-    facts = {figure.what.split(", ")[0] if "parts" not in figure.what else figure.what: figure for figure in read_figures(RECORD)}
+    facts = {
+        figure.what.split(", ")[0] if "parts" not in figure.what else figure.what: figure
+        for figure in read_record(RECORD)
+    }
     momentum = facts["planted momentum"]
     assert momentum.holds == (sorted(momentum.facts["share"])[2] >= 0.95)
     for what in ("momentum", "regime switch", "recall"):
@@ -29,25 +33,41 @@ def test_every_recorded_verdict_follows_from_its_numbers():
         assert parts.holds == (middle["SM-LSTM"] >= max(middle.values()) - 0.01)
     switch = facts["planted regime switch"]
     middle = {name: sorted(shares)[2] for name, shares in switch.facts.items()}
-    assert switch.holds == (middle["SM-LSTM"] >= 0.85 and middle["SM-LSTM"] > max(middle["no regimes"], middle["nn.LSTM"]))
+    assert switch.holds == (
+        middle["SM-LSTM"] >= 0.85 and middle["SM-LSTM"] > max(middle["no regimes"], middle["nn.LSTM"])
+    )
     garch = facts["planted GARCH(1,1)"]
-    way = sorted((c - ours) / (c - best) for c, ours, best in zip(*(garch.facts[name] for name in ("constant", "SM-LSTM", "true variance")), strict=True))[2]
+    way = sorted(
+        (c - ours) / (c - best)
+        for c, ours, best in zip(*(garch.facts[name] for name in ("constant", "SM-LSTM", "true variance")), strict=True)
+    )[2]
     assert garch.holds == (way >= 0.85) and f"{garch.facts['best possible']:.4f}" in garch.measured
     recall = facts["associative recall"]
-    assert recall.holds == (statistics.median(recall.facts["SM-LSTM"]) > 0.99 and max(map(statistics.median, recall.facts["nn.LSTM"].values())) < 0.6)
+    assert recall.holds == (
+        statistics.median(recall.facts["SM-LSTM"]) > 0.99
+        and max(map(statistics.median, recall.facts["nn.LSTM"].values())) < 0.6
+    )
     noise = facts["pure noise"]
     assert len(noise.facts) == 20 and noise.holds == (sum(map(bool, noise.facts.values())) <= 1)
     parts = facts["pure noise, parts of the model"]
-    assert set(parts.facts) == set(CONTENDERS) and parts.holds == all(sum(map(bool, heads.values())) <= 1 for heads in parts.facts.values())
+    assert set(parts.facts) == set(CONTENDERS) and parts.holds == all(
+        sum(map(bool, heads.values())) <= 1 for heads in parts.facts.values()
+    )
     for index in ("^GSPC", "^IXIC"):
         score, p = facts[f"volatility of {index}"].facts["QLIKE"], facts[f"volatility of {index}"].facts["p-value"]
-        assert facts[f"volatility of {index}"].holds == all(score["model"] < score[name] and p[name] < 0.05 for name in ("garch", "log_har"))
-        assert facts[f"90% intervals of {index}"].holds == all(0.88 <= facts[f"90% intervals of {index}"].facts[side]["all"] <= 0.92 for side in ("close", "variance"))
+        assert facts[f"volatility of {index}"].holds == all(
+            score["model"] < score[name] and p[name] < 0.05 for name in ("garch", "log_har")
+        )
+        assert facts[f"90% intervals of {index}"].holds == all(
+            0.88 <= facts[f"90% intervals of {index}"].facts[side]["all"] <= 0.92 for side in ("close", "variance")
+        )
 
 
 def test_nothing_can_be_known_about_a_random_walk():
     walk = random_walk(700, seed=1)
-    assert (walk.high >= walk[["open", "close"]].max(axis=1)).all() and (walk.low <= walk[["open", "close"]].min(axis=1)).all()
+    assert (walk.high >= walk[["open", "close"]].max(axis=1)).all() and (
+        walk.low <= walk[["open", "close"]].min(axis=1)
+    ).all()
     assert set(judged(walk)) == {"price", "direction", "volatility"}
 
 
@@ -61,5 +81,5 @@ def test_an_unknown_measure_is_refused(capsys):
 @pytest.mark.parametrize("name", MEASURES)
 def test_the_figure_is_reached(name):
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))[name]["figures"]
-    for now, then in zip(measure(name)["figures"], recorded, strict=True):
+    for now, then in zip(measure_figures(name)["figures"], recorded, strict=True):
         assert Figure(**now).holds == then["holds"], f"{now['what']}: {now['measured']}, recorded {then['measured']}"

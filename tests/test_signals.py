@@ -4,16 +4,38 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from smlstm.signals import (
-    SignalState, autocorrelation, ema, ema_agreement, initial_signal_state, market_signals, normalized_volatility, rolling_volatility, trend_strength,
+from smlstm.model.arrays import as_series
+from smlstm.model.signals import (
+    SignalState,
+    as_strength,
+    autocorrelation,
+    centered,
+    ema,
+    ema_agreement,
+    from_start,
+    initial_signal_state,
+    market_signals,
+    normalized_volatility,
+    rolling_volatility,
+    trend_strength,
+    window_autocorrelation,
 )
 
 F64 = torch.float64
 CAUSAL = [
-    rolling_volatility, normalized_volatility, trend_strength, ema_agreement, lambda x: ema(x, span=9),
-    lambda x: market_signals(x)[0].volatility, lambda x: market_signals(x)[0].trend, lambda x: market_signals(x)[0].agreement, lambda x: market_signals(x)[0].autocorrelation,
+    rolling_volatility,
+    normalized_volatility,
+    trend_strength,
+    ema_agreement,
+    lambda x: ema(x, span=9),
+    lambda x: market_signals(x)[0].volatility,
+    lambda x: market_signals(x)[0].trend,
+    lambda x: market_signals(x)[0].agreement,
+    lambda x: market_signals(x)[0].autocorrelation,
 ]
 
 
@@ -35,15 +57,19 @@ def test_against_numpy_and_pandas(T, window, seed):
     np.testing.assert_allclose(rolling_volatility(x, window), sigma, atol=1e-9)
     usual = sigma.cumsum(1) / np.arange(1, T + 1)
     np.testing.assert_allclose(normalized_volatility(x, window), sigma / (usual + 1e-6), atol=1e-7)
-    np.testing.assert_allclose(normalized_volatility(x, window, rule="letter"), sigma / (sigma.mean(1, keepdims=True) + 1e-6), atol=1e-7)
+    np.testing.assert_allclose(
+        normalized_volatility(x, window, rule="published"), sigma / (sigma.mean(1, keepdims=True) + 1e-6), atol=1e-7
+    )
     trend = trend_strength(x, window).numpy()
     for t in range(T):
         expected = trend_of(x[0, t - window : t + 1].numpy()) if t >= window >= 2 else 0.5
         assert trend[0, t] == pytest.approx(expected, abs=1e-9)
     if T > 2:
-        np.testing.assert_allclose(trend_strength(x, window, "letter")[1], trend_of(x[1].numpy()), atol=1e-9)
+        np.testing.assert_allclose(trend_strength(x, window, "published")[1], trend_of(x[1].numpy()), atol=1e-9)
     for span in (1, 5.5, 26):
-        np.testing.assert_allclose(ema(x, span=span), frame.ewm(span=span, adjust=False).mean().to_numpy().T, atol=1e-11)
+        np.testing.assert_allclose(
+            ema(x, span=span), frame.ewm(span=span, adjust=False).mean().to_numpy().T, atol=1e-11
+        )
 
 
 def test_agreement_against_pandas():
@@ -62,11 +88,11 @@ def test_the_future_does_not_reach_back(signal, today):
     assert torch.equal(signal(x)[:, :today], signal(other)[:, :today])
 
 
-def test_the_letters_look_ahead():
+def test_the_published_forms_look_ahead():
     x = walk(1, 200)
     other = torch.cat([x[:, :150], 5 * x[:, 150:]], 1)
     for signal in (normalized_volatility, trend_strength):
-        assert not torch.equal(signal(x, rule="letter")[:, :150], signal(other, rule="letter")[:, :150])
+        assert not torch.equal(signal(x, rule="published")[:, :150], signal(other, rule="published")[:, :150])
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,11 +127,16 @@ def test_one_step_at_a_time_from_the_initial_state():
 def test_finite_for_whatever_comes(values, window):
     x = torch.tensor([values], dtype=torch.float32, requires_grad=True)
     signals, state = market_signals(x, window)
-    outputs = [*signals, trend_strength(x, window, "letter"), normalized_volatility(x, window, rule="letter"), ema(x, alpha=0.3)]
+    outputs = [
+        *signals,
+        trend_strength(x, window, "published"),
+        normalized_volatility(x, window, rule="published"),
+        ema(x, alpha=0.3),
+    ]
     for y in outputs:
         assert y.shape == x.shape and y.isfinite().all()
     assert all(s.isfinite().all() for s in state)
-    gradient, = torch.autograd.grad(sum(y.sum() for y in outputs), x)
+    (gradient,) = torch.autograd.grad(sum(y.sum() for y in outputs), x)
     assert not gradient.isnan().any()
     assert (signals.autocorrelation.abs() <= 1 + 1e-6).all() and (signals.volatility >= 0).all()
     assert torch.equal(signals.trend, (signals.autocorrelation.abs() + 1) / 2)
@@ -115,15 +146,22 @@ def test_finite_for_whatever_comes(values, window):
 def test_flat_series_are_exactly_flat(value):
     x = torch.full((1, 300), value)
     signals, _ = market_signals(x)
-    assert (signals.volatility == 0).all() and (signals.trend == 0.5).all() and (signals.agreement == 0).all() and (signals.autocorrelation == 0).all()
+    assert (
+        (signals.volatility == 0).all()
+        and (signals.trend == 0.5).all()
+        and (signals.agreement == 0).all()
+        and (signals.autocorrelation == 0).all()
+    )
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60, 2.0**100])
 def test_trend_has_no_unit(scale):
     x = walk(2, 80, dtype=torch.float32)
     assert torch.equal(trend_strength(scale * x), trend_strength(x))
-    assert torch.equal(autocorrelation(scale * x), autocorrelation(x)) and torch.equal(autocorrelation(-scale * x), autocorrelation(x))
-    assert torch.equal(trend_strength(scale * x, rule="letter"), trend_strength(x, rule="letter"))
+    assert torch.equal(autocorrelation(scale * x), autocorrelation(x)) and torch.equal(
+        autocorrelation(-scale * x), autocorrelation(x)
+    )
+    assert torch.equal(trend_strength(scale * x, rule="published"), trend_strength(x, rule="published"))
 
 
 def test_a_trend_is_told_from_noise():
@@ -148,7 +186,13 @@ def test_momentum_is_told_from_reversal_by_the_sign_alone():
 
 def test_gradients():
     x = torch.randn(1, 12, dtype=F64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    smooth = lambda x: (*market_signals(x, 4)[0][:2], autocorrelation(x, 4), ema(x, span=3), normalized_volatility(x, 4, rule="letter"), trend_strength(x, 4, "letter"))
+    smooth = lambda x: (
+        *market_signals(x, 4)[0][:2],
+        autocorrelation(x, 4),
+        ema(x, span=3),
+        normalized_volatility(x, 4, rule="published"),
+        trend_strength(x, 4, "published"),
+    )
     assert torch.autograd.gradcheck(smooth, x)
 
 
@@ -215,3 +259,91 @@ def test_mistakes_are_named():
     for options in ({"span": 0.5}, {"alpha": 0.0}, {"alpha": 1.01}, {"span": float("nan")}):
         with pytest.raises(ValueError, match="must be"):
             ema(x, **options)
+
+
+def test_sums_of_squares_lose_their_digits_and_windows_do_not():
+    over = lambda y: F.pad(y, (1, 0)).cumsum(1)[:, 21:] - F.pad(y, (1, 0)).cumsum(1)[:, :-21]
+    torch.manual_seed(0)
+    level = 2500 + 0.1 * torch.randn(1, 500)
+    assert ((over(level * level) - over(level) ** 2 / 21) / 20 < 0).any()
+    relative = rolling_volatility(level) / rolling_volatility(level.double()) - 1
+    assert relative[:, 1:].abs().max() < 1e-6
+
+
+def test_a_flat_window_has_a_gradient_of_zero():
+    flat = torch.full((1, 30), 0.1, dtype=F64, requires_grad=True)
+    centered(from_start(flat, 20)).square().sum(1).sqrt().sum().backward()
+    assert flat.grad.isnan().all()  # what a plain square root would give
+    flat.grad = None
+    rolling_volatility(flat).sum().backward()
+    assert torch.equal(flat.grad, torch.zeros_like(flat))
+
+
+def test_short_windows_of_noise_look_like_trends():
+    torch.manual_seed(0)
+    noise = torch.randn(20_000, 21, dtype=F64)
+    for points in (3, 4, 6, 11, 21):
+        strength = as_strength(window_autocorrelation(from_start(noise[:, :points], points - 1)))[:, -1].mean()
+        assert bool(strength > 0.65) == (points < 11)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_gradients_of_the_trend_are_finite_at_any_scale(scale):
+    x = (scale * torch.linspace(0, 1, 60)[None]).requires_grad_()
+    trend_strength(x)[0, -1].backward()
+    assert x.grad.isfinite().all()
+
+
+def test_differences_of_averages_are_noise_and_averages_of_differences_are_not():
+    quiet = torch.full((1, 400), 0.1)
+    assert (torch.diff(ema(quiet, span=12)).sign() != 0).any()
+    assert torch.equal(ema_agreement(quiet), torch.zeros(1, 400))
+
+
+def test_the_averages_part_in_one_stretch_after_a_turn():
+    toy = torch.cat([torch.linspace(0, 1, 60), torch.linspace(1, 0.4, 60)])[None].double()
+    parted = (ema_agreement(toy)[0] < 0).nonzero().flatten()
+    first, last = parted[0].item(), parted[-1].item()
+    assert parted.tolist() == list(range(first, last + 1)) and 60 <= first < last < 90
+
+
+def test_strength_is_that_of_the_autocorrelation_and_spans_are_alphas():
+    x = walk(2, 300)
+    assert torch.equal(as_strength(autocorrelation(x)), trend_strength(x))
+    torch.testing.assert_close(ema(x, span=12), ema(x, alpha=2 / 13), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: as_series(torch.ones(5)), r"shape \(5,\)"),
+        (lambda x: as_series(torch.ones(1, 5), window=0), "window=0"),
+        (lambda x: trend_strength(x, rule="whole"), "'whole' is unknown"),
+        (lambda x: ema(x), "give exactly one"),
+        (lambda x: ema(x, alpha=1.5), "alpha=1.5"),
+        (lambda x: ema(x, span=0), "span=0"),
+        (lambda x: market_signals(x, window=10, state=market_signals(x)[1]), "remembers 20 values, but window=10"),
+    ],
+)
+def test_misuse_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(walk(1, 60))
+
+
+def test_half_precision_is_widened():
+    assert torch.tensor(300.0, dtype=torch.bfloat16) == torch.tensor(301.0, dtype=torch.bfloat16)
+    assert as_series(torch.ones(1, 5, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_windows_are_relative_to_their_newest_point():
+    windows = from_start(torch.tensor([[5.0, 6.0, 8.0, 8.0]]), window=2)
+    assert windows.values[0].T.tolist() == [[0, 0, 0], [0, -1, 0], [-3, -2, 0], [-2, 0, 0]]
+    assert windows.count.tolist() == [[1, 2, 3, 3]]
+
+
+def test_trends_are_the_formula_in_numpy():
+    x = walk(1, 1100)
+    assert trend_strength(x)[0, 1000].item() == pytest.approx(trend_of(x[0, 980:1001].numpy()), abs=1e-12)
+    published = trend_strength(x, rule="published")[0, 1000].item()
+    assert published == pytest.approx(trend_of(x[0].numpy()), abs=1e-9)
+    assert trend_strength(x)[0, :20].tolist() == [0.5] * 20

@@ -5,10 +5,20 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from smlstm.ssm import (
-    FASTEST, MarketClock, SSMCoefficients, StructuredStateSpace, discretize, ssm_chunkwise, ssm_recurrent,
+from smlstm.model.ssm import (
+    FASTEST,
+    MarketClock,
+    SSMCoefficients,
+    StructuredStateSpace,
+    decay_between,
+    discretize,
+    initial_shares,
+    ssm_chunkwise,
+    ssm_recurrent,
 )
 
 F64 = torch.float64
@@ -27,7 +37,14 @@ def run(form, u, state, *coefficients, **options):
 
 
 @settings(max_examples=40, deadline=None)
-@given(B=st.integers(1, 3), T=st.integers(1, 60), D=st.integers(1, 3), N=st.integers(1, 4), chunk=st.integers(1, 70), seed=st.integers(0, 999))
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 60),
+    D=st.integers(1, 3),
+    N=st.integers(1, 4),
+    chunk=st.integers(1, 70),
+    seed=st.integers(0, 999),
+)
 def test_chunks_are_the_loop(B, T, D, N, chunk, seed):
     parts = case(B, T, D, N, seed, requires_grad=True)
     slow, fast = run(ssm_recurrent, *parts), run(ssm_chunkwise, *parts, chunk_size=chunk)
@@ -43,7 +60,11 @@ def test_chunks_are_the_loop(B, T, D, N, chunk, seed):
 def test_any_cut(cuts, method):
     torch.manual_seed(0)
     ssm = StructuredStateSpace(3, method).double()
-    u, volatility, trend = torch.randn(2, 100, 2, dtype=F64), 4 * torch.rand(2, 100, dtype=F64), 0.5 + torch.rand(2, 100, dtype=F64) / 2
+    u, volatility, trend = (
+        torch.randn(2, 100, 2, dtype=F64),
+        4 * torch.rand(2, 100, dtype=F64),
+        0.5 + torch.rand(2, 100, dtype=F64) / 2,
+    )
     whole, last = ssm(u, volatility, trend)
     state, pieces, edges = None, [], [0, *sorted(cuts), 100]
     for start, end in zip(edges, edges[1:]):
@@ -93,7 +114,7 @@ def test_coefficients_are_the_discretization(method):
     a, b = discretize(ssm.lam, ssm.step_size(volatility, trend).unsqueeze(-1), method)
     coefficients = ssm.coefficients(volatility, trend)
     torch.testing.assert_close(coefficients.log_decay.exp(), a, atol=1e-13, rtol=0)
-    torch.testing.assert_close(coefficients.inject, ssm.b * b, atol=1e-13, rtol=0)
+    torch.testing.assert_close(coefficients.B_bar, ssm.b * b, atol=1e-13, rtol=0)
 
 
 def test_discretize_broadcasts():
@@ -103,7 +124,12 @@ def test_discretize_broadcasts():
 
 @METHODS
 @settings(max_examples=30, deadline=None)
-@given(push=st.floats(-1e4, 1e4), volatility=st.floats(0, 1e8), trend=st.floats(0.5, 1), dt_max=st.sampled_from([0.02, 1.0, 50.0]))
+@given(
+    push=st.floats(-1e4, 1e4),
+    volatility=st.floats(0, 1e8),
+    trend=st.floats(0.5, 1),
+    dt_max=st.sampled_from([0.02, 1.0, 50.0]),
+)
 def test_stable_whatever_is_learned(method, push, volatility, trend, dt_max):
     ssm = StructuredStateSpace(3, method, dt_min=0.01, dt_max=dt_max)
     for p in (ssm.rate, ssm.clock.weights):
@@ -138,7 +164,7 @@ def test_the_start():
     assert 1 < half_lives[0] < 1.5 and half_lives[-1] == pytest.approx(100, rel=1e-4)
     ratios = [b / a for a, b in zip(half_lives, half_lives[1:])]
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-4)
-    a, b = ssm.coefficients(one, half).log_decay.exp(), ssm.coefficients(one, half).inject
+    a, b = ssm.coefficients(one, half).log_decay.exp(), ssm.coefficients(one, half).B_bar
     torch.testing.assert_close(b, 1 - a, atol=1e-6, rtol=0)  # an exponential moving average
     u = torch.randn(1, 30, 2, dtype=F64)
     torch.testing.assert_close(ssm(u)[0], ssm(u, torch.ones(1, 30, dtype=F64), torch.full((1, 30), 0.5, dtype=F64))[0])
@@ -213,3 +239,93 @@ def test_mistakes_are_named():
         ssm(u, torch.ones(2, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="chunk_size=0"):
         ssm_chunkwise(u, ssm.coefficients(torch.ones(2, 5), torch.ones(2, 5)), chunk_size=0)
+
+
+def test_the_order_of_accuracy():
+    "Without input ZOH is exact, bilinear of second order; a held input limits both to the first, a mean does not."
+
+    def error_at_ten(method, dt, inflow, lam=-0.8):
+        a, b = discretize(torch.tensor(lam, dtype=F64), torch.tensor(dt, dtype=F64), method)
+        t = torch.arange(1, round(10 / dt) + 1, dtype=F64) * dt
+        u = {"none": 0 * t, "held": torch.sin(t), "mean": (torch.sin(t) + torch.sin(t - dt)) / 2}[inflow]
+        x = a ** len(t) + (b * u * a ** torch.arange(len(t) - 1, -1, -1)).sum()  # starts from level 1
+        wave = 0.0 if inflow == "none" else 1.0
+        settled = lambda t: wave * (-lam * math.sin(t) - math.cos(t)) / (1 + lam**2)
+        return abs(x.item() - (settled(10.0) + (1 - settled(0.0)) * math.exp(lam * 10)))
+
+    for method in ("zoh", "bilinear"):
+        for inflow in ("none", "held", "mean"):
+            coarse, fine = (error_at_ten(method, dt, inflow) for dt in (0.5 * 2.0**-6, 0.5 * 2.0**-7))
+            if (method, inflow) == ("zoh", "none"):
+                assert max(coarse, fine) < 1e-15
+            else:
+                assert abs(math.log2(coarse / fine) - (1 if inflow == "held" else 2)) < 0.05
+
+
+def test_the_bilinear_decay_is_positive_below_two():
+    one = torch.tensor(1.0, dtype=F64)
+    signs = [bool(discretize(torch.tensor(z, dtype=F64), one, "bilinear").a > 0) for z in (-1.99, -2.01)]
+    assert signs == [True, False]
+    steps = torch.arange(13)
+    zoh = discretize(torch.tensor(-8.0, dtype=F64), one).a ** steps
+    torch.testing.assert_close(zoh, torch.exp(-8.0 * steps.double()), rtol=0, atol=1e-12)
+
+
+def test_decays_between_steps_and_their_gradients_are_finite():
+    "A product of exponentials would be infinity times zero after 45 such steps."
+    log_decay = torch.full((64,), -2.0)
+    total = log_decay.cumsum(0)
+    assert (total.exp()[:, None] * (-total).exp()).isnan().any()
+    log_decay.requires_grad_()
+    decays = decay_between(log_decay[:, None])[..., 0]
+    decays.sum().backward()
+    torch.testing.assert_close(decays.detach()[5, :6], torch.exp(-2.0 * torch.arange(5, -1, -1)), rtol=0, atol=1e-6)
+    assert decays.isfinite().all() and log_decay.grad.isfinite().all()
+
+
+def test_twice_the_length_is_twice_the_arithmetic():
+    def multiplications(T, chunk_size):
+        u, state, *coefficients = case(1, T, 4, 3, seed=T)
+        with FlopCounterMode(display=False) as counter:
+            ssm_chunkwise(u, SSMCoefficients(*coefficients), state, chunk_size)
+        return counter.get_total_flops()
+
+    assert multiplications(1024, 64) / multiplications(512, 64) == 2
+
+
+def test_the_step_size_has_bounds_and_a_base():
+    clock = MarketClock().double()
+    base = clock(torch.tensor(1.0, dtype=F64), torch.tensor(0.5, dtype=F64))
+    assert abs(base.item() - 0.01**0.25) < 1e-7
+    extremes = clock(torch.tensor([0.0, 1e9], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64))
+    assert ((extremes > clock.dt_min) & (extremes < clock.dt_max)).all()
+    half_lives = math.log(2) / (initial_shares(4, base.item(), 1.0).double() * FASTEST * base)
+    assert abs(half_lives[-1].item() - 100) < 1e-3 and 1 < half_lives[0].item() < 1.5
+    with pytest.raises(ValueError, match="0 < dt_min < dt_max"):
+        MarketClock(1.0, 0.1)
+    with pytest.raises(ValueError, match="'euler' is unknown"):
+        discretize(base, base, "euler")
+
+
+@METHODS
+def test_decays_and_gradients_are_finite_at_extremes(method):
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace(5, method).double()
+    volatility, trend = torch.rand(2, 50, dtype=F64) * 4, 0.5 + torch.rand(2, 50, dtype=F64) / 2
+    for extreme in (-1e4, 1e4):
+        for p in (ssm.rate, ssm.clock.weights):
+            p.data.fill_(extreme)
+        coefficients = ssm.coefficients(volatility, trend)
+        assert (coefficients.log_decay.isfinite() & (coefficients.log_decay <= 0)).all()
+        gradients = torch.autograd.grad(
+            coefficients.log_decay.sum() + coefficients.B_bar.sum(), (ssm.rate, ssm.b, ssm.clock.weights)
+        )
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_every_parameter_has_a_gradient():
+    torch.manual_seed(0)
+    ssm = StructuredStateSpace(method="bilinear")
+    y, _ = ssm(torch.randn(2, 50, 3), torch.rand(2, 50) * 4, 0.5 + torch.rand(2, 50) / 2)
+    y.square().sum().backward()
+    assert all((p.grad != 0).all() for p in ssm.parameters())

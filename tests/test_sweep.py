@@ -1,8 +1,9 @@
-"""Sweeps that meet with violence: workers, programs and whole machines that die in the middle, on every engine that is installed."""
+"""Sweeps in which workers, programs and whole machines die half-way, on every engine that is installed."""
 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,8 +16,8 @@ import pytest
 from joblib import parallel_config
 from tenacity import Retrying, stop_after_attempt
 
-from smlstm.fetch import load_prices
-from smlstm.sweep import SweepError, attempt, fan_out, fingerprint, place, sweep
+from smlstm.data.prices import load_prices
+from smlstm.using.sweep import SweepError, attempt, fan_out, sweep, task_files, task_identity
 
 ENGINES = ("loky", "dask", "ray")
 
@@ -86,13 +87,16 @@ def kill_one(folder, after):
 @contextmanager
 def dask_cluster():
     distributed = pytest.importorskip("distributed", reason='Dask is not installed: pip install ".[dask]"')
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         client.wait_for_workers(2)
         yield cluster
 
 
 def start_ray():
-    "Two machines of one worker each, as far as Ray can tell. On a busy computer its own processes may miss their deadlines: then once more."
+    "Two machines of one worker each, for Ray. Where a busy computer misses their deadlines: once more."
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
@@ -109,7 +113,9 @@ def start_ray():
 
 @contextmanager
 def ray_cluster():
-    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # for workers to find this module
+    here = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )  # for workers to find this module
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "60", "PYTHONPATH": here}
     ray = pytest.importorskip("ray", reason='Ray is not installed: pip install ".[ray]"')
     from ray.util.joblib import register_ray
@@ -148,7 +154,9 @@ def test_a_worker_is_killed_in_the_middle(name, tmp_path):
     assert killed
     assert [result["scores"]["score"] for result in results] == [i / 10 for i in range(12)]
     assert max(result["attempts"] for result in results) == 2
-    assert sorted(ended(tmp_path)) == list(range(12)) and ended(tmp_path).total() <= 13  # a neighbour may have come to its end, too late to be filed
+    assert (
+        sorted(ended(tmp_path)) == list(range(12)) and ended(tmp_path).total() <= 13
+    )  # a neighbour may have come to its end, too late to be filed
 
 
 @pytest.mark.slow
@@ -172,8 +180,9 @@ def test_forty_fits_and_one_worker_killed(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_machine_is_lost_for_good(tmp_path):
-    "A Ray cluster of two machines loses one: joblib would now work in this process, where the deadly task would end everything."
+    "A Ray cluster of two machines loses one: joblib would work in this process, which the deadly task would end."
     with two_workers("ray") as cluster:
+
         def unplug():
             while len(outcomes(tmp_path / "out")) < 4:
                 time.sleep(0.01)
@@ -188,7 +197,7 @@ def test_a_machine_is_lost_for_good(tmp_path):
 
 
 def test_only_the_guilty_one_pays(tmp_path):
-    "The first task kills its process each time, with its neighbours beside it; each of them is begun again alone, and ends."
+    "The first task kills its process each time, and its neighbours with it; each of them is run again alone."
     with two_workers("loky"):
         results = fan_out(deadly, toys(tmp_path, 6, seconds=1.0), tmp_path / "out", attempts=2, pause=0, progress=False)
     assert [result["status"] for result in results] == ["failed"] + ["ok"] * 5
@@ -211,7 +220,9 @@ def test_a_killed_program_goes_on_where_it_was(tmp_path):
     assert 3 <= len(before) < 8
     results = alone(slowly, toys(tmp_path, 8), tmp_path / "out")
     assert [result["attempts"] for result in results] == [1] * 8
-    assert all(path.stat().st_mtime_ns == before.get(path.name, path.stat().st_mtime_ns) for path in outcomes(tmp_path / "out"))
+    assert all(
+        path.stat().st_mtime_ns == before.get(path.name, path.stat().st_mtime_ns) for path in outcomes(tmp_path / "out")
+    )
     assert ended(tmp_path).total() in (8, 9)  # one more where it was killed between a run's end and its filing
 
 
@@ -234,7 +245,12 @@ def test_failures_are_tried_anew_and_successes_are_not(tmp_path):
 
     tasks = toys(tmp_path, 4, seconds=0)
     alone(slowly, tasks[:2], tmp_path / "out")
-    assert [r["status"] for r in alone(fails, tasks, tmp_path / "out", attempts=2, pause=0)] == ["ok", "ok", "failed", "failed"]
+    assert [r["status"] for r in alone(fails, tasks, tmp_path / "out", attempts=2, pause=0)] == [
+        "ok",
+        "ok",
+        "failed",
+        "failed",
+    ]
     results = alone(slowly, tasks, tmp_path / "out")
     assert [(r["status"], r["attempts"]) for r in results] == [("ok", 1)] * 4
     assert ended(tmp_path) == Counter(range(4))
@@ -243,14 +259,14 @@ def test_failures_are_tried_anew_and_successes_are_not(tmp_path):
 def test_a_damaged_outcome_is_made_again(tmp_path):
     tasks = toys(tmp_path, 3, seconds=0)
     alone(slowly, tasks, tmp_path / "out")
-    damaged = place(tmp_path / "out", tasks[1]).outcome
+    damaged = task_files(tmp_path / "out", tasks[1]).outcome
     damaged.write_bytes(damaged.read_bytes()[:7])
     assert [r["status"] for r in alone(slowly, tasks, tmp_path / "out")] == ["ok"] * 3
     assert ended(tmp_path) == Counter({0: 1, 1: 2, 2: 1})
 
 
 def test_a_folder_that_keeps_nothing_ends_the_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr("smlstm.sweep.write_outcome", lambda path, outcome: None)
+    monkeypatch.setattr("smlstm.using.sweep.write_outcome", lambda path, outcome: None)
     with pytest.raises(SweepError, match="outcomes do not stay in"):
         alone(slowly, toys(tmp_path, 2, seconds=0), tmp_path / "out", attempts=2, pause=0)
 
@@ -274,16 +290,37 @@ def test_two_equal_tasks_and_no_attempts_are_refused(tmp_path):
     assert alone(slowly, [], tmp_path / "out") == []
 
 
-def test_fingerprints_depend_on_the_library(monkeypatch, tmp_path):
-    import smlstm.sweep
+def test_a_changed_module_changes_the_identity_and_old_outcomes_do_not_count(monkeypatch, tmp_path):
+    "One line more in a module of a copied library: the task has another name, and is run again."
+    from smlstm.data import files
 
-    task = toys(tmp_path, 1)[0]
-    before = fingerprint(task)
-    monkeypatch.setattr(smlstm.sweep, "__version__", "999")
-    assert fingerprint(task) != before
+    copy, task = tmp_path / "smlstm", toys(tmp_path, 1, seconds=0)[0]
+    shutil.copytree(Path(files.__file__).parent.parent, copy)
+    alone(slowly, [task], tmp_path / "out")
+    before = task_identity(task)
+    digest = files.code_digest
+    digest.cache_clear()
+    monkeypatch.setattr(files, "code_digest", lambda: digest(copy))
+    assert task_identity(task) == before  # the same sources elsewhere
+    with open(copy / "model" / "cell.py", "a") as module:
+        module.write("# changed")
+    digest.cache_clear()
+    assert task_identity(task) != before
+    alone(slowly, [task], tmp_path / "out")
+    assert ended(tmp_path) == Counter({0: 2})
+
+
+def test_missing_scores_come_back_as_missing_numbers(tmp_path):
+    task = toys(tmp_path, 1, seconds=0)[0]
+    alone(lambda task: {"score": float("nan"), "rows": 3}, [task], tmp_path / "out")
+    text = task_files(tmp_path / "out", task).outcome.read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["scores"] == {"score": None, "rows": 3}
 
 
 def test_files_are_plain_json(tmp_path):
     task = toys(tmp_path, 1, seconds=0)[0]
     alone(slowly, [task], tmp_path / "out")
-    assert json.loads(place(tmp_path / "out", task).outcome.read_text()) == {"status": "ok", "scores": {"score": 0.0}}
+    assert json.loads(task_files(tmp_path / "out", task).outcome.read_text()) == {
+        "status": "ok",
+        "scores": {"score": 0.0},
+    }

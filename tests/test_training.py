@@ -12,19 +12,26 @@ import time
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings as examples, strategies as st
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
-
-import smlstm.training as training
-from smlstm.device import launch
-from smlstm.losses import CurriculumWeights, MultiObjectiveLoss
-from smlstm.model import SMLSTM, SMLSTMConfig
-from smlstm.sequences import create_sequences, create_tpu_dataloader
-from smlstm.training import CheckpointError, NonFiniteError, TrainConfig, fit, load_checkpoint, save_checkpoint
-
 from training_kit import SmallForecaster, count_saves, loaders, losses, settings, train, train_shared
+
+import smlstm.learning.training as training
+from smlstm.data.files import FolderInUse
+from smlstm.data.windows import create_sequences, create_tpu_dataloader
+from smlstm.learning.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from smlstm.learning.device import launch
+from smlstm.learning.history import replica_batch
+from smlstm.learning.optimizer import flatten
+from smlstm.learning.runs import start_run
+from smlstm.learning.settings import TrainConfig
+from smlstm.learning.training import NonFiniteError, fit
+from smlstm.model.losses import CurriculumWeights, MultiObjectiveLoss
+from smlstm.model.model import SMLSTM, SMLSTMConfig
 
 
 @pytest.fixture(autouse=True)
@@ -37,19 +44,23 @@ def one_thread():
 
 # ---- killed and resumed
 
+
 def forkserver():
     """Processes that start with everything imported: a kill costs milliseconds, not an import of torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["smlstm.sequences", "smlstm.training"])     # not the kit: Python 3.11 does not look in its folder
+    context.set_forkserver_preload(
+        ["smlstm.data.windows", "smlstm.learning.training"]
+    )  # not the kit: Python 3.11 does not look in its folder
     return context
 
 
 def run_killed_at(context, saves, delay, arguments):
-    """Start a training process and kill it `delay` seconds after it began its `saves`-th checkpoint; True where it had not ended by itself."""
+    "Start a training and kill it `delay` seconds after it begins its `saves`-th checkpoint; True if it had not ended."
     count = context.RawValue("i", 0)
     process = context.Process(target=count_saves, args=(count, *arguments))
     process.start()
-    while process.is_alive() and (saves is None or count.value < saves): process.join(0.001)
+    while process.is_alive() and (saves is None or count.value < saves):
+        process.join(0.001)
     process.join(delay)
     alive = process.is_alive()
     if alive:
@@ -61,9 +72,9 @@ def run_killed_at(context, saves, delay, arguments):
 
 
 def kill_until(folder, kills, seed):
-    """Kill runs at random moments, resume them each time, `kills` times in all; every finished run equals the uninterrupted one.
+    """Kill and resume runs at random moments, `kills` times in all; a finished run equals the uninterrupted one.
 
-    A moment is a random checkpoint and a random time after its beginning: while it is written, in the batch after it, or later."""
+    A moment is a random checkpoint and a random time after it: while it is written, in the next batch, or later."""
     context, draw = forkserver(), random.Random(seed)
     config = settings(epochs=4, checkpoint_every=1)
     assert not run_killed_at(context, None, None, (folder / "whole.pt", folder / "whole", False, config))
@@ -71,7 +82,9 @@ def kill_until(folder, kills, seed):
     killed, places, finished = 0, [], 0
     while killed < kills or not finished:
         run = folder / f"run{finished}"
-        at, delay = (draw.randrange(saves), draw.choice([0.002, 0.02, 0.2]) * draw.random()) if killed < kills else (None, None)
+        at, delay = (
+            (draw.randrange(saves), draw.choice([0.002, 0.02, 0.2]) * draw.random()) if killed < kills else (None, None)
+        )
         if run_killed_at(context, at, delay, (folder / "again.pt", run, True, config)):
             killed += 1
             if (run / "latest.safetensors").exists():
@@ -105,10 +118,12 @@ def test_stopped_after_any_save_ends_with_the_same_bits(tmp_path, monkeypatch, a
     def failing(run, path, *args):
         save_run(run, path, *args)
         saves.append(path)
-        if len(saves) == at: raise KeyboardInterrupt
+        if len(saves) == at:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "save_run", failing)
-    with pytest.raises(KeyboardInterrupt): train(tmp_path, config=settings(checkpoint_every=2))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, config=settings(checkpoint_every=2))
     monkeypatch.setattr(training, "save_run", save_run)
     random.random(), torch.rand(3)
     again, weights = train(tmp_path, resume=True, config=settings(checkpoint_every=2))
@@ -137,11 +152,14 @@ def test_early_stopping_survives_an_interruption(tmp_path):
 
 # ---- files
 
+
 def revised(name, row):
     """The usual loaders, with one number of the training data changed."""
     train_loader, valid = loaders()
-    if name == "starts": train_loader.dataset.starts[row] += 1
-    else: getattr(train_loader.dataset, name)[row, 0] += 1e-6
+    if name == "starts":
+        train_loader.dataset.starts[row] += 1
+    else:
+        getattr(train_loader.dataset, name)[row, 0] += 1e-6
     return train_loader, valid
 
 
@@ -151,7 +169,7 @@ def test_files_hold_the_best_weights_and_the_log(tmp_path):
     assert facts["epoch"] == history.best_epoch
     model = SmallForecaster()
     model.load_state_dict(best)
-    assert torch.equal(training.flatten(model.parameters()), weights)
+    assert torch.equal(flatten(model.parameters()), weights)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == len(history.epochs) + 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "best.safetensors", "latest.safetensors", "log.csv"]
     assert json.loads(json.dumps(history.to_dict(), allow_nan=False))["best_epoch"] == history.best_epoch
@@ -172,8 +190,10 @@ def test_no_flipped_byte_goes_unnoticed(checkpoint, data):
     content[place] ^= data.draw(st.integers(1, 255))
     damaged = checkpoint.with_name("damaged")
     damaged.write_bytes(content)
-    try: tensors, facts = load_checkpoint(damaged)
-    except CheckpointError as error: assert str(damaged) in str(error)
+    try:
+        tensors, facts = load_checkpoint(damaged)
+    except CheckpointError as error:
+        assert str(damaged) in str(error)
     else:
         wanted, wanted_facts = load_checkpoint(checkpoint)
         assert facts == wanted_facts and wanted.keys() == tensors.keys()
@@ -184,69 +204,92 @@ def test_no_flipped_byte_goes_unnoticed(checkpoint, data):
 def test_a_cut_file_is_refused(checkpoint, length):
     cut = checkpoint.with_name("cut")
     cut.write_bytes(checkpoint.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match="damaged"): load_checkpoint(cut)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(cut)
 
 
 def test_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "latest.safetensors")
-    with pytest.raises(CheckpointError, match="not a checkpoint"): train(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        train(tmp_path, resume=True)
     torch.save({"a": 1}, tmp_path / "latest.safetensors")
-    with pytest.raises(CheckpointError, match="no checkpoint"): train(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("other, named", [
-    ({"config": settings(learning_rate=0.5)}, "learning_rate is 0.01 there and 0.5 here"),
-    ({"config": settings(seed=1)}, "seed is 0 there and 1 here"),
-    ({"model": SmallForecaster(hidden_size=6)}, "hidden_size"),
-    ({"model": SmallForecaster().double()}, r"lstm.weight_ih_l0 is \[32, 4\] torch.float32 there and \[32, 4\] torch.float64 here"),
-    ({"data": lambda: loaders(rows=280)}, "train_batches is 15 there and 13 here|checksum"),
-    ({"data": lambda: revised("data", 0)}, "checksum of the training data"),
-    ({"data": lambda: revised("data", -1)}, "checksum of the training data"),
-    ({"data": lambda: revised("targets", 100)}, "checksum of the training data"),
-    ({"data": lambda: revised("starts", 3)}, "checksum of the training data"),
-    ({"data": lambda: loaders(seq_length=11)}, "checksum of the validation data"),
-    ({"data": lambda: (create_tpu_dataloader(loaders()[0].dataset, 16, seed=1), loaders()[1])}, "checksum of the training data"),
-])
+@pytest.mark.parametrize(
+    "other, named",
+    [
+        ({"config": settings(learning_rate=0.5)}, "learning_rate is 0.01 there and 0.5 here"),
+        ({"config": settings(seed=1)}, "seed is 0 there and 1 here"),
+        ({"model": SmallForecaster(hidden_size=6)}, "hidden_size"),
+        (
+            {"model": SmallForecaster().double()},
+            r"lstm.weight_ih_l0 is \[32, 4\] torch.float32 there and \[32, 4\] torch.float64 here",
+        ),
+        ({"data": lambda: loaders(rows=280)}, "train_batches is 15 there and 13 here|checksum"),
+        ({"data": lambda: revised("data", 0)}, "checksum of the training data"),
+        ({"data": lambda: revised("data", -1)}, "checksum of the training data"),
+        ({"data": lambda: revised("targets", 100)}, "checksum of the training data"),
+        ({"data": lambda: revised("starts", 3)}, "checksum of the training data"),
+        ({"data": lambda: loaders(seq_length=11)}, "checksum of the validation data"),
+        (
+            {"data": lambda: (create_tpu_dataloader(loaders()[0].dataset, 16, seed=1), loaders()[1])},
+            "checksum of the training data",
+        ),
+    ],
+)
 def test_another_runs_checkpoint_is_refused(tmp_path, other, named):
     train(tmp_path, config=settings())
     before = (tmp_path / "latest.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=named): train(tmp_path, resume=True, **other)
+    with pytest.raises(CheckpointError, match=named):
+        train(tmp_path, resume=True, **other)
     assert (tmp_path / "latest.safetensors").read_bytes() == before
 
 
 def test_what_differs_is_named_briefly(tmp_path):
     train(tmp_path, config=settings(epochs=1))
     with pytest.raises(CheckpointError, match="; and [0-9]+ more") as error:
-        train(tmp_path, resume=True, config=settings(epochs=3, seed=1, accumulate=3, clip=2.0), model=SmallForecaster(hidden_size=6))
+        train(
+            tmp_path,
+            resume=True,
+            config=settings(epochs=3, seed=1, accumulate=3, clip=2.0),
+            model=SmallForecaster(hidden_size=6),
+        )
     assert len(str(error.value)) < 700
 
 
 def test_weights_alone_are_no_run_to_continue(tmp_path):
     train(tmp_path)
     (tmp_path / "best.safetensors").rename(tmp_path / "latest.safetensors")
-    with pytest.raises(CheckpointError, match="holds weights alone"): train(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="holds weights alone"):
+        train(tmp_path, resume=True)
 
 
 def test_a_folder_under_the_name_is_refused(tmp_path):
     (tmp_path / "latest.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint"): train(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(tmp_path, resume=True)
 
 
 def test_a_run_keeps_others_out_of_its_folder(tmp_path, monkeypatch):
     def second(*_):
-        with pytest.raises(CheckpointError, match="another run is writing to .*another folder"): train(tmp_path)
+        with pytest.raises(FolderInUse, match="another process is writing to .*another folder"):
+            train(tmp_path)
         raise KeyboardInterrupt
 
     whole = train()[1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "finish_epoch", second)
         train(tmp_path)
-    assert torch.equal(train(tmp_path, resume=True)[1], whole)             # an ended run lets go of it
+    assert torch.equal(train(tmp_path, resume=True)[1], whole)  # an ended run lets go of it
 
 
 def test_a_killed_run_lets_go_of_its_folder(tmp_path):
     context = forkserver()
-    assert run_killed_at(context, 2, 0.0, (tmp_path / "never.pt", tmp_path, False, settings(epochs=50, patience=50, checkpoint_every=1)))
+    assert run_killed_at(
+        context, 2, 0.0, (tmp_path / "never.pt", tmp_path, False, settings(epochs=50, patience=50, checkpoint_every=1))
+    )
     train(tmp_path)
 
 
@@ -254,12 +297,15 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(tmp_path):
     """The system itself refuses the write, in the middle of a file, as a full disk does."""
     resource = pytest.importorskip("resource")
     history, whole = train(config=settings(checkpoint_every=3))
-    with pytest.raises(KeyboardInterrupt): train(tmp_path, config=settings(checkpoint_every=3), data=lambda: interrupted(20))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, config=settings(checkpoint_every=3), data=lambda: interrupted(20))
     size, limits = (tmp_path / "latest.safetensors").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="make room .*latest.safetensors"): train(tmp_path, resume=True, config=settings(checkpoint_every=3))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(OSError, match="make room .*latest.safetensors"):
+            train(tmp_path, resume=True, config=settings(checkpoint_every=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("*.tmp"))
     again, weights = train(tmp_path, resume=True, config=settings(checkpoint_every=3))
     assert torch.equal(weights, whole) and losses(again) == losses(history)
@@ -272,7 +318,8 @@ def interrupted(at):
     class Interrupted(Poisoned):
         def __iter__(self):
             for batch in self.loader:
-                if self.count in self.places: raise KeyboardInterrupt
+                if self.count in self.places:
+                    raise KeyboardInterrupt
                 self.count += 1
                 yield batch
 
@@ -280,19 +327,31 @@ def interrupted(at):
 
 
 def test_tied_weights_can_be_saved(tmp_path):
-    save_checkpoint(tmp_path / "tied", {"a": (shared := torch.arange(6.0)), "b": shared, "c": shared[2:4], "d": torch.arange(6.0).view(2, 3).T}, {})
+    save_checkpoint(
+        tmp_path / "tied",
+        {"a": (shared := torch.arange(6.0)), "b": shared, "c": shared[2:4], "d": torch.arange(6.0).view(2, 3).T},
+        {},
+    )
     tensors, _ = load_checkpoint(tmp_path / "tied")
-    assert torch.equal(tensors["a"], tensors["b"]) and tensors["c"].tolist() == [2, 3] and tensors["d"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert (
+        torch.equal(tensors["a"], tensors["b"])
+        and tensors["c"].tolist() == [2, 3]
+        and tensors["d"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    )
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "latest.safetensors"
     save_checkpoint(path, {"a": torch.ones(2)}, {"n": 1})
 
-    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device: make room or choose another folder.*latest.safetensors"): save_checkpoint(path, {"a": torch.zeros(2)}, {"n": 2})
+    with pytest.raises(
+        OSError, match="No space left on device: make room or choose another folder.*latest.safetensors"
+    ):
+        save_checkpoint(path, {"a": torch.zeros(2)}, {"n": 2})
     assert load_checkpoint(path)[1] == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["latest.safetensors"]
 
 
@@ -302,12 +361,18 @@ def test_checkpoints_are_plain_safetensors(checkpoint):
 
 # ---- the guard
 
+
 class Poisoned:
     """Makes the batches at some places, counted over the run, not finite."""
 
-    def __init__(self, loader, places, value=math.nan): self.loader, self.places, self.value, self.count = loader, places, value, 0
-    def __len__(self): return len(self.loader)
-    def __getattr__(self, name): return getattr(self.loader, name)
+    def __init__(self, loader, places, value=math.nan):
+        self.loader, self.places, self.value, self.count = loader, places, value, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
 
     def __iter__(self):
         for batch in self.loader:
@@ -353,9 +418,9 @@ def test_an_update_with_nothing_left_changes_nothing():
 def test_three_in_a_row_stop_and_leave_finite_weights(value, tmp_path):
     model, n = SmallForecaster(), len(loaders()[0])
     with pytest.raises(NonFiniteError, match="3 batches in a row were not finite in epoch 1"):
-        train(tmp_path, model=model, data=poisoned(n - 1, n, n + 1, value=value))        # across the border of two epochs
+        train(tmp_path, model=model, data=poisoned(n - 1, n, n + 1, value=value))  # across the border of two epochs
     assert all(p.isfinite().all() for p in model.parameters())
-    assert load_checkpoint(tmp_path / "latest.safetensors")[1]["epoch"] == 1             # from before the trouble
+    assert load_checkpoint(tmp_path / "latest.safetensors")[1]["epoch"] == 1  # from before the trouble
 
 
 def test_two_and_two_in_a_row_do_not_stop():
@@ -371,6 +436,7 @@ def test_validation_that_is_never_finite_is_an_error():
 
 # ---- reads
 
+
 class CountReads(TorchDispatchMode):
     """Counts the operations that make the host wait for a device's value."""
 
@@ -379,7 +445,8 @@ class CountReads(TorchDispatchMode):
         self.reads = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "_local_scalar_dense" in str(function) or "nonzero" in str(function): self.reads.append(str(function))
+        if "_local_scalar_dense" in str(function) or "nonzero" in str(function):
+            self.reads.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
@@ -387,7 +454,8 @@ def test_nothing_is_read_inside_an_epoch(monkeypatch):
     counters = []
 
     def counted(run, *args):
-        with CountReads() as counter: train_epoch(run, *args)
+        with CountReads() as counter:
+            train_epoch(run, *args)
         counters.append(counter.reads)
 
     train_epoch = training.train_epoch
@@ -397,17 +465,18 @@ def test_nothing_is_read_inside_an_epoch(monkeypatch):
 
 
 def test_the_host_reads_once_per_epoch(monkeypatch):
-    calls, read = [], training.read
-    monkeypatch.setattr(training, "read", lambda values: calls.append(1) or read(values))
+    calls, host_values = [], training.host_values
+    monkeypatch.setattr(training, "host_values", lambda values: calls.append(1) or host_values(values))
     train()
     assert len(calls) == 4
 
 
 # ---- its cost
 
+
 @pytest.mark.slow
 def test_the_loop_costs_less_than_five_percent():
-    """CPU time of an epoch by the loop, and of bare forward, backward and step over batches that lie ready, with a model of the usual size."""
+    "CPU time of an epoch by the loop, and of bare forward, backward and step on ready batches; the usual size."
     generator, schedule = torch.Generator().manual_seed(0), TrainConfig(accumulate=1)
     x, y = torch.randn(1200, 25, generator=generator).numpy(), torch.rand(1200, 3, generator=generator).numpy()
     loader = create_tpu_dataloader(create_sequences(x, y, 128, stride=16), 16)
@@ -416,7 +485,12 @@ def test_the_loop_costs_less_than_five_percent():
         torch.manual_seed(0)
         return SMLSTM(SMLSTMConfig(n_features=25))
 
-    run, batches, plain, objective = training.start_run(model(), loader, loader, schedule, torch.device("cpu")), list(loader), model(), MultiObjectiveLoss()
+    run, batches, plain, objective = (
+        start_run(model(), loader, loader, schedule, torch.device("cpu")),
+        list(loader),
+        model(),
+        MultiObjectiveLoss(),
+    )
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
 
     def bare():
@@ -427,7 +501,8 @@ def test_the_loop_costs_less_than_five_percent():
 
     def loop():
         run.batch = 0
-        with tqdm(total=len(loader)) as bar: training.train_epoch(run, bar)
+        with tqdm(total=len(loader)) as bar:
+            training.train_epoch(run, bar)
 
     def seconds(work):
         began = time.process_time()
@@ -441,6 +516,7 @@ def test_the_loop_costs_less_than_five_percent():
 
 
 # ---- several processes
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
@@ -467,7 +543,7 @@ def test_two_processes_resume_with_the_same_bits(tmp_path):
     with pytest.raises(Exception, match="stopped on purpose"):
         launch(train_and_stop, tmp_path / "again.pt", run, device="cpu", processes=2)
     facts = load_checkpoint(run / "latest.safetensors")[1]
-    assert (facts["epoch"], facts["batch"]) == (1, 3)            # an odd batch: half of an update is under way
+    assert (facts["epoch"], facts["batch"]) == (1, 3)  # an odd batch: half of an update is under way
     launch(train_shared, tmp_path / "again.pt", 0.2, run, 8, device="cpu", processes=2)
     whole, again = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "again.pt")
     assert torch.equal(whole["weights"], again["weights"]) and whole["losses"] == again["losses"]
@@ -479,7 +555,8 @@ def train_and_stop(path, folder):
 
     def stopping(run, *args):
         save_run(run, *args)
-        if (run.epoch, run.batch) == (1, 3): raise RuntimeError("stopped on purpose")
+        if (run.epoch, run.batch) == (1, 3):
+            raise RuntimeError("stopped on purpose")
 
     training.save_run = stopping
     train_shared(path, 0.2, folder, 8)
@@ -487,16 +564,33 @@ def train_and_stop(path, folder):
 
 def test_a_batch_that_cannot_be_shared_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="a batch of 15 rows cannot be shared evenly by 2"):
-        training._share(next(iter(loaders(batch_size=15)[0])), 0, 2)
+        replica_batch(next(iter(loaders(batch_size=15)[0])), 0, 2)
 
 
 # ---- settings
 
-@pytest.mark.parametrize("change", [{"epochs": 0}, {"accumulate": 0}, {"learning_rate": -1.0}, {"learning_rate": math.nan}, {"clip": 0.0},
-                                    {"patience": 0}, {"min_delta": -1.0}, {"precision": "float16"}, {"pos_weight": 0.0}, {"warmup_epochs": -1}])
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"seed": "0"},
+        {"accumulate": 0},
+        {"learning_rate": -1.0},
+        {"learning_rate": math.nan},
+        {"clip": 0.0},
+        {"patience": 0},
+        {"min_delta": -1.0},
+        {"precision": "float16"},
+        {"pos_weight": 0.0},
+        {"warmup_epochs": -1},
+    ],
+)
 def test_settings_that_make_no_sense_are_named(change):
-    (name, value), = change.items()
-    with pytest.raises(ValueError, match=name) as error: TrainConfig(**change)
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=name) as error:
+        TrainConfig(**change)
     assert str(value) in str(error.value)
 
 

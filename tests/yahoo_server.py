@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def calendar(name="XNYS"):
     return exchange_calendars.get_calendar(name, start="1998-01-01")
 
@@ -31,7 +31,8 @@ def closed_sessions(name="XNYS", years=21):
 @dataclass
 class Series:
     "One symbol: raw prices by UTC timestamp, the factor that adjusts them, and what Yahoo says about it."
-    bars: pd.DataFrame                       # open, high, low, close, volume, factor; UTC index
+
+    bars: pd.DataFrame  # open, high, low, close, volume, factor; UTC index
     kind: str = "ETF"
     zone: str = "America/New_York"
     exchange: str = "XNYS"
@@ -43,11 +44,26 @@ class Series:
         first, last = self.bars.index[0], self.bars.index[-1]
         closes = calendar(self.exchange).closes
         market = closes[closes <= last + pd.Timedelta(days=1)].iloc[-1] if self.kind not in ("CURRENCY",) else last
-        regular = {"timezone": "EST", "gmtoffset": -18000, "start": int(market.timestamp()) - 23400, "end": int(market.timestamp())}
+        regular = {
+            "timezone": "EST",
+            "gmtoffset": -18000,
+            "start": int(market.timestamp()) - 23400,
+            "end": int(market.timestamp()),
+        }
         return {
-            "currency": "USD", "symbol": "X", "exchangeName": "PCX", "instrumentType": self.kind, "longName": self.name, "shortName": self.name,
-            "firstTradeDate": int(first.timestamp()), "regularMarketTime": int(market.timestamp()), "gmtoffset": -18000,
-            "timezone": "EST", "exchangeTimezoneName": self.zone, "priceHint": 2, "dataGranularity": "1d",
+            "currency": "USD",
+            "symbol": "X",
+            "exchangeName": "PCX",
+            "instrumentType": self.kind,
+            "longName": self.name,
+            "shortName": self.name,
+            "firstTradeDate": int(first.timestamp()),
+            "regularMarketTime": int(market.timestamp()),
+            "gmtoffset": -18000,
+            "timezone": "EST",
+            "exchangeTimezoneName": self.zone,
+            "priceHint": 2,
+            "dataGranularity": "1d",
             "currentTradingPeriod": {"pre": dict(regular), "regular": dict(regular), "post": dict(regular)},
             "validRanges": ["1d", "5d", "1mo", "max"],
         } | self.extra_meta
@@ -61,7 +77,9 @@ def walk(index, seed=0, start=100.0, scale=0.01):
     wide = np.abs(rng.normal(0, scale / 2, (2, len(index))))
     high, low = np.maximum(open_, close) * (1 + wide[0]), np.minimum(open_, close) * (1 - wide[1])
     volume = rng.integers(1_000_000, 9_000_000, len(index)).astype(float)
-    return pd.DataFrame({"open": open_, "high": high, "low": low, "close": close, "volume": volume, "factor": 1.0}, index=index)
+    return pd.DataFrame(
+        {"open": open_, "high": high, "low": low, "close": close, "volume": volume, "factor": 1.0}, index=index
+    )
 
 
 def daily(seed=0, exchange="XNYS", zone="America/New_York", years=21, **more):
@@ -80,6 +98,18 @@ def hourly(seed=0, days=730, **more):
     return Series(walk(pd.DatetimeIndex(starts).tz_convert("UTC"), seed, scale=0.003), **more)
 
 
+LONG = ("1d", "1wk", "1mo")  # bars that are labelled by a date and adjusted
+
+
+def longer(series, rule, seed=0):
+    "Weekly or monthly bars of a daily series, labelled by the local midnight of their start; the last is unfinished."
+    bars = series.bars.drop(columns="factor")
+    local = bars.set_axis(bars.index.tz_convert(series.zone).tz_localize(None).normalize())
+    sums = {"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"}
+    bars = local.resample(rule, label="left", closed="left").agg(sums).dropna()
+    return Series(bars.set_axis(bars.index.tz_localize(series.zone).tz_convert("UTC")).assign(factor=1.0))
+
+
 def chart(series, p1, p2, interval, mangle=None):
     "The answer's JSON for bars with p1 <= time < p2."
     seconds = series.bars.index.as_unit("s").asi8
@@ -87,14 +117,26 @@ def chart(series, p1, p2, interval, mangle=None):
     if mangle is not None:
         rows = mangle(rows)
     meta, stamps = series.meta(), [int(t) for t in rows.index.as_unit("s").asi8]
-    if interval != "1d":
+    if interval not in LONG:
         cal = calendar(series.exchange)
         days = sorted(set(rows.index.tz_convert(series.zone).date))
         sessions = [d for d in pd.DatetimeIndex(days) if d in cal.sessions]
-        meta["tradingPeriods"] = [[{"timezone": "EST", "gmtoffset": -18000, "start": int(cal.opens[d].timestamp()), "end": int(cal.closes[d].timestamp())}] for d in sessions]
+        meta["tradingPeriods"] = [
+            [
+                {
+                    "timezone": "EST",
+                    "gmtoffset": -18000,
+                    "start": int(cal.opens[d].timestamp()),
+                    "end": int(cal.closes[d].timestamp()),
+                }
+            ]
+            for d in sessions
+        ]
     cell = lambda column: [None if pd.isna(v) else float(v) for v in column]
     quote = {name: cell(rows[name]) for name in ("open", "high", "low", "close", "volume")}
-    indicators = {"quote": [quote]} | ({"adjclose": [{"adjclose": cell(rows.close * rows.factor)}]} if interval == "1d" else {})
+    indicators = {"quote": [quote]} | (
+        {"adjclose": [{"adjclose": cell(rows.close * rows.factor)}]} if interval in LONG else {}
+    )
     result = {"meta": meta, "timestamp": stamps, "indicators": indicators}
     events = {kind: {k: e for k, e in found.items() if p1 <= int(k) < p2} for kind, found in series.events.items()}
     return {"chart": {"result": [result | ({"events": events} if any(events.values()) else {})], "error": None}}
@@ -109,12 +151,14 @@ UNKNOWN = "No data found, symbol may be delisted"
 
 class YahooServer(ThreadingHTTPServer):
     "`series[(symbol, interval)]`, `faults` taken one a request (or `fault(query)` for rules), `log` of what was asked."
+
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.series, self.faults, self.log, self.fault, self.mangle = {}, [], [], None, None
+        self.body = None  # what is sent in the place of any answer
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -123,7 +167,7 @@ class YahooServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
-        pass                                 # a client that hangs up is part of the game
+        pass  # a client that hangs up is part of the game
 
     def stop(self):
         self.shutdown()
@@ -150,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reset(self, body):
         "Half of a body, then a reset instead of an end."
-        self.send(200, body[:len(body) // 2], length=len(body))
+        self.send(200, body[: len(body) // 2], length=len(body))
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
@@ -165,11 +209,15 @@ class Handler(BaseHTTPRequestHandler):
         asked = (symbol, interval, p1, p2)
         with self.server.lock:
             self.server.log.append(asked)
-            fault = self.server.faults.pop(0) if self.server.faults else (self.server.fault(asked) if self.server.fault else None)
+            fault = (
+                self.server.faults.pop(0)
+                if self.server.faults
+                else (self.server.fault(asked) if self.server.fault else None)
+            )
         series = self.server.series.get((symbol, interval))
         if series is None:
             return self.send(404, refusal("Not Found", UNKNOWN))
-        body = json.dumps(chart(series, p1, p2, interval, self.server.mangle)).encode()
+        body = self.server.body or json.dumps(chart(series, p1, p2, interval, self.server.mangle)).encode()
         if fault is None:
             return self.send(200, body)
         getattr(self, f"fault_{fault}")(body, series, asked)
@@ -206,10 +254,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reset(body)
 
     def fault_short(self, body, *_):
-        self.send(200, body[:len(body) // 2], length=len(body))
+        self.send(200, body[: len(body) // 2], length=len(body))
 
     def fault_cut(self, body, *_):
-        self.send(200, body[:len(body) // 2])
+        self.send(200, body[: len(body) // 2])
 
     def fault_html(self, body, *_):
         self.send(200, b"<html><body>consent</body></html>")
@@ -239,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fault_half(self, body, series, asked):
         symbol, interval, p1, p2 = asked
-        half = chart(series, p1, p2, interval, lambda rows: rows.iloc[:len(rows) // 2])
+        half = chart(series, p1, p2, interval, lambda rows: rows.iloc[: len(rows) // 2])
         self.send(200, json.dumps(half).encode())
 
     def fault_late(self, body, series, asked):
@@ -257,6 +305,7 @@ class Handler(BaseHTTPRequestHandler):
             rows = rows.copy()
             rows.iloc[5::50, rows.columns.get_loc("close")] = np.nan
             return rows
+
         self.send(200, json.dumps(chart(series, p1, p2, interval, null)).encode())
 
     def fault_unknown(self, body, *_):
@@ -266,7 +315,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send(400, refusal("Bad Request", "Data doesn't exist for startDate = 1, endDate = 2"))
 
     def fault_reach(self, body, *_):
-        self.send(422, refusal("Unprocessable Entity", "1h data not available for startTime=1 and endTime=2. The requested range must be within the last 730 days."))
+        self.send(
+            422,
+            refusal(
+                "Unprocessable Entity",
+                "1h data not available for startTime=1 and endTime=2. "
+                "The requested range must be within the last 730 days.",
+            ),
+        )
 
     def fault_interval(self, body, *_):
-        self.send(422, refusal("Unprocessable Entity", "Invalid input - interval=7q is not supported. Valid intervals: [1m, 2m]"))
+        self.send(
+            422,
+            refusal("Unprocessable Entity", "Invalid input - interval=7q is not supported. Valid intervals: [1m, 2m]"),
+        )
