@@ -301,6 +301,23 @@ def test_no_index_is_out_of_bounds_when_compiled(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_process_that_compiles_computes_what_later_ones_do(tmp_path):
+    code = """
+        import hashlib
+        import torch
+        from smlstm import SMLSTM, SMLSTMConfig
+        torch.manual_seed(0)
+        model = SMLSTM(SMLSTMConfig(n_features=8))
+        sum(part.square().mean() for part in model(torch.randn(2, 96, 8))[0]).backward()
+        bits = b"".join(p.grad.numpy().tobytes() for p in model.parameters() if p.grad is not None)
+        print(hashlib.sha256(bits).hexdigest())
+    """
+    runs = [python(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1") for _ in range(2)]
+    assert "compiled rows_backward" in runs[0][1] and not runs[1][1]
+    assert runs[0][0] == runs[1][0]
+
+
+@pytest.mark.slow
 def test_memory_of_a_long_sequence(tmp_path):
     "65,536 steps, forward and backward: the states of 2,048 chunks, and little else."
     code = """

@@ -24,7 +24,7 @@ from numba.core.caching import FunctionCache
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #20120a01
 STEPS = 32  # of a chunk
-OPTIONS = dict(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+OPTIONS = dict(forceinline=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 logger = logging.getLogger(__name__)
 
 
