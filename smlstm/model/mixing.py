@@ -211,7 +211,7 @@ class Masks(NamedTuple):
 
 
 def regime_masks(rows: Tensor, regime: Tensor, written: Tensor, carried: Tensor) -> Masks:
-    "K diag(w_r) F for rows of a kernel [B, H, c, row, s], regime [B, 1, c, s, R] and the decays of the forget gate."
+    "K diag(w_r) G for rows of a kernel [B, H, c, row, s], regime [B, 1, c, s, R] and the decays of the forget gate."
     weighted = rows[..., None, :] * regime.mT[..., None, :, :]  # [B, H, c, row, R, s]
     masks = (weighted.flatten(-3, -2) @ written).view(*weighted.shape[:-1], -1)
     return Masks(masks, (weighted * carried[..., None, None, :]).sum(-1))
