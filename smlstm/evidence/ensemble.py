@@ -32,8 +32,9 @@ from smlstm.evidence.planted import (
     regime_switch,
 )
 from ..judging.metrics import qlike_loss, qlike_scale
-from ..judging.style import BASELINE, MODEL, SOFT, new_figure, styled
+from ..judging.style import new_figure, styled
 from ..learning.settings import TrainConfig
+from ..model.diagrams import BASELINE, MODEL, SOFT
 from ..model.losses import calibrated_probability, weighted_cross_entropy
 from ..model.model import SMLSTMConfig
 from ..using.ensemble import EnsembleConfig, SMLSTMEnsemble, weight_frame

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .style import ACTUAL, BASELINE, MODEL, log_axis, new_figure, styled
+from .style import log_axis, new_figure, styled
+from ..model.diagrams import ACTUAL, BASELINE, MODEL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,11 +17,6 @@ from .evaluation import illustrate
 from .metrics import reliability_curve
 from .scores import annual_bars, head_loss, known_forecasts
 from smlstm.judging.style import (
-    ACTUAL,
-    BASELINE,
-    MODEL,
-    REGIMES,
-    SOFT,
     date_axis,
     log_axis,
     new_figure,
@@ -30,6 +25,7 @@ from smlstm.judging.style import (
     price_decimals,
     styled,
 )
+from ..model.diagrams import ACTUAL, BASELINE, MODEL, REGIMES, SOFT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
