@@ -34,7 +34,7 @@ from smlstm.evidence.planted import (
 from ..judging.metrics import qlike_loss, qlike_scale
 from ..judging.style import new_figure, styled
 from ..learning.settings import TrainConfig
-from ..model.diagrams import BASELINE, MODEL, SOFT
+from ..model.figures import BASELINE, MODEL, SOFT
 from ..model.losses import calibrated_probability, weighted_cross_entropy
 from ..model.model import SMLSTMConfig
 from ..using.ensemble import EnsembleConfig, SMLSTMEnsemble, weight_frame

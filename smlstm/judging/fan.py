@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .style import log_axis, new_figure, styled
-from ..model.diagrams import ACTUAL, BASELINE, MODEL
+from ..model.figures import ACTUAL, BASELINE, MODEL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ from smlstm.judging.style import (
     price_decimals,
     styled,
 )
-from ..model.diagrams import ACTUAL, BASELINE, MODEL, REGIMES, SOFT
+from ..model.figures import ACTUAL, BASELINE, MODEL, REGIMES, SOFT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from ..model.diagrams import STYLE
+from ..model.figures import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
