@@ -16,6 +16,7 @@ NOTEBOOKS = sorted(
     path for path in NBS.rglob("*.ipynb") if not any(part[0] in "_." for part in path.relative_to(NBS).parts)
 )
 NUMBERED = [path for path in NOTEBOOKS if path.name[0].isdigit() and path.parent != NBS]  # those that make a module
+PICTURED = ("model", "data", "learning", "judging")  # Parts I to IV
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/smlstm/smlstm/blob/main/nbs/{})"
 INSTALL = """#| eval: false
 import sys
@@ -154,6 +155,28 @@ def test_uphill_imports_are_found():
         {"model.mixing"},
         set(),
     ]
+
+
+PICTURES = {"image/png", "image/svg+xml"}
+
+
+def figures(notebook):
+    "How many pictures the committed outputs of a notebook show."
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    return sum(bool(PICTURES & set(output.get("data", {}))) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in NUMBERED if path.parent.name in PICTURED], ids=lambda path: path.stem
+)
+def test_shows_a_figure(path):
+    "Every notebook of Parts I to IV has a figure that is visible without running it."
+    assert figures(json.loads(path.read_text(encoding="utf-8"))) >= 1, "draw one, and run .ci/outputs"
+
+
+def test_figures_are_counted():
+    shown, told = ({"outputs": [{"data": {kind: ""}}]} for kind in ("image/png", "text/plain"))
+    assert [figures({"cells": cells}) for cells in ([{"source": "x"}, told], [shown, told, shown])] == [0, 2]
 
 
 @every

@@ -47,7 +47,7 @@ def _draw_variances(axes: Any, forecasts: pd.DataFrame) -> None:
     axes.axhline(forecasts.ewma_variance.iloc[0], color=BASELINE, ls="--")
     axes.set_xticks(places, forecasts.horizon)
     log_axis(axes)
-    axes.set(title="Variance of a bar (dashed: EWMA)", xlabel="bars ahead")
+    axes.set(title="Variance; dashed: EWMA", xlabel="bars ahead")
 
 # %% ../../nbs/judging/38a_fan.ipynb #2889b69b
 @styled
