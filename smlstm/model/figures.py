@@ -27,6 +27,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": f"cycler(color={[MODEL, BASELINE, *REGIMES[1:], REGIMES[0], SOFT]})",
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.2,
@@ -40,10 +41,8 @@ def notebook_pyplot(
 ) -> "ModuleType":
     "Matplotlib's pyplot, with the house style set for the rest of the session; lines take the colours in turn."
     import matplotlib.pyplot as plt
-    from cycler import cycler
 
-    turns = cycler(color=(MODEL, BASELINE, REGIMES[1], REGIMES[2], REGIMES[3], REGIMES[0], SOFT))
-    plt.rcParams.update(STYLE | {"axes.grid": grid, "axes.prop_cycle": turns, "figure.facecolor": "white"})
+    plt.rcParams.update(STYLE | {"axes.grid": grid, "figure.facecolor": "white"})
     return plt
 
 # %% ../../nbs/model/00a_figures.ipynb #d1a60005

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..judging.style import styled
 from ..model.model import Forecast, map_state
 from .calibration import FittedSeries, run_model
 from .ensemble import HEADS
@@ -264,6 +265,7 @@ def _draw_head(axes: Any, parts: pd.DataFrame, head: str, most: int, bars: int) 
     axes[1].set_xlabel("bars before the forecast")
 
 # %% ../../nbs/using/48d_attributions.ipynb #5e9b24e1
+@styled
 def plot_contributions(
     parts: pd.DataFrame,  # of one series and one horizon, from `explain_row`
     most: int = 8,  # features of each head
@@ -273,7 +275,7 @@ def plot_contributions(
     import matplotlib.pyplot as plt
 
     heights = {"height_ratios": [0.3 * most, 1.6, 1.4]}
-    figure, axes = plt.subplots(3, 3, figsize=(11, 7.2), layout="constrained", gridspec_kw=heights)
+    figure, axes = plt.subplots(3, 3, figsize=(11, 7.2), gridspec_kw=heights)
     units = {"price": "log return", "direction": "log odds of a rise", "volatility": "log variance"}
     for column, (head, unit) in enumerate(units.items()):
         _draw_head(axes[:, column], parts, head, most, bars)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..judging.style import styled
 from ..learning.checkpoints import ModelFileError, build_model, read_model_file
 from ..model.arrays import leaky_sum
 from ..model.cell import CellConfig, CellState, ParallelSMLSTMCell
@@ -303,6 +304,7 @@ def weight_frame(
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
+@styled
 def plot_weights(
     frame: pd.DataFrame,  # from `weight_frame`
     title: str = "Weights of the members",
@@ -310,7 +312,7 @@ def plot_weights(
     "Weights over time, and their means in each regime."
     from matplotlib.figure import Figure
 
-    weights, figure = frame.drop(columns="regime"), Figure(figsize=(9, 3.2), layout="constrained")
+    weights, figure = frame.drop(columns="regime"), Figure(figsize=(9, 3.2))
     over_time, by_regime = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     colors = [*(_COLORS[m % len(_COLORS)] for m in range(weights.shape[1] - 1)), "#bbbbbb"]
     over_time.stackplot(weights.index, weights.to_numpy().T, labels=weights.columns, colors=colors, lw=0)
@@ -322,5 +324,5 @@ def plot_weights(
         by_regime.bar([f"{r}\n{shares[r]:.0%}" for r in means.index], means[name], bottom=bottom, color=color)
         bottom += means[name].to_numpy()
     by_regime.set(title="by most probable regime", xlabel="regime, and its share of bars")
-    figure.legend(*over_time.get_legend_handles_labels(), loc="outside lower left", ncols=len(colors), frameon=False)
+    figure.legend(*over_time.get_legend_handles_labels(), loc="outside lower left", ncols=len(colors))
     return figure

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..data.files import digest
+from ..judging.style import styled
 from .sweep import SweepRun, fan_out, fit_and_score, keep_prices, settings_of
 from .tables import build_table, named_frames
 from .walkforward import panel_folds
@@ -238,6 +239,7 @@ def search(
     return _result_of(plan, study)
 
 # %% ../../nbs/using/55a_search.ipynb #8a24ebde
+@styled
 def plot_search(
     found: SearchResult,
 ) -> Any:  # a Matplotlib figure
@@ -246,9 +248,9 @@ def plot_search(
 
     score = [name for name in found.trials if name != "error"][-1]
     values = found.trials[score].astype(float)
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 3))
     axes.plot(found.trials.trial, values, "o", color="#0072B2", ms=4, label="trial")
     axes.step(found.trials.trial, values.cummin(), where="post", color="#D55E00", label="best so far")
     axes.set(xlabel="trial", ylabel=f"{score} of inner folds", title=f"{len(values)} trials of a search")
-    axes.legend(frameon=False)
+    axes.legend()
     return figure

@@ -27,6 +27,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wa
 from tqdm.auto import tqdm
 
 from ..data.files import FolderInUse, atomic_file, digest, identity, lock_folder, parse_json, write_json
+from ..judging.style import styled
 
 # %% ../../nbs/using/54_sweep.ipynb #1509d5f1
 def task_identity(
@@ -367,6 +368,7 @@ def sweep(
     return _result_table(runs, fan_out(partial(fit_and_score, folder=folder), runs, folder, **options))
 
 # %% ../../nbs/using/54_sweep.ipynb #7597d6cb
+@styled
 def plot_sweep(
     results: pd.DataFrame,  # from `sweep`
     score: str = "volatility_qlike",  # of the model; less is better
@@ -377,7 +379,7 @@ def plot_sweep(
 
     results = results[results.status == "ok"]
     configs, tickers = results.config.unique(), results.ticker.unique()
-    fig, ax = plt.subplots(figsize=(1.5 + 1.8 * len(configs), 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(1.5 + 1.8 * len(configs), 3.6))
     for t, ticker in enumerate(tickers):
         part = results[results.ticker == ticker]
         offset = (t - (len(tickers) - 1) / 2) * 0.5 / len(tickers)
@@ -388,5 +390,5 @@ def plot_sweep(
     ax.axhline(1, color="0.6", lw=1, ls="--")
     ax.set(ylabel=f"{score} over\n{baseline}", xlim=(-0.5, len(configs) - 0.5))
     ax.set_xticks(range(len(configs)), configs)
-    ax.legend(frameon=False, ncols=min(len(tickers), 6), loc="upper center", bbox_to_anchor=(0.5, 1.16))
+    ax.legend(ncols=min(len(tickers), 6), loc="upper center", bbox_to_anchor=(0.5, 1.16))
     return fig
