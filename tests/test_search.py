@@ -70,7 +70,7 @@ def test_the_best_is_a_configuration_of_a_forecaster_and_of_a_run(tmp_path):
     forecaster = Forecaster(**found.best, device="cpu").fit(bars(1400), progress=False)
     assert len(forecaster.predict()) == 1 and forecaster.windows.seq_length == 32
     assert set(found.parameters) <= set(RULES) and found.parameters["search_trials"] == 4
-    assert plot_search(found).axes[0].get_title() == "4 trials of a search"
+    assert plot_search(found).axes[0].get_title("left") == "4 trials of a search"
 
 
 def test_a_search_goes_on_and_is_the_same_as_one_without_a_break(tmp_path):
