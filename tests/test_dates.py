@@ -74,6 +74,8 @@ def test_a_file_of_the_field_keeps_all_its_rows(tmp_path):
         ("Thursday, 2 January 2020", "2020-01-02"),
         ("2nd Jan 2020", "2020-01-02"),
         ("20200102", "2020-01-02"),
+        ("202001021630", "2020-01-02"),  # as milliseconds it would be a day of 1976
+        ("20200102163000", "2020-01-02"),
     ],
 )
 def test_single_spellings(text, expected):
@@ -96,6 +98,13 @@ def test_single_spellings(text, expected):
         (["Foo 02, 2019"], "no order"),
         ([True, False], "is no date"),
         (["2020-01-02", None], "row 2 has none"),
+        (["01 marraskuu 2020"], "no order"),  # November in Finnish, whose first letters are March's
+        (["113/01/02"], "no order"),  # years of Taiwan
+        (["2567-01-02"], "Out of bounds"),  # of Thailand
+        (["2020-W05"], "is no date"),
+        (["2020-01-06 - 2020-01-10"], "time of day"),
+        ([2020010209], "pass date_format"),  # an hour; as seconds it would be in 2034
+        ([2001020930], "pass date_format"),
     ],
 )
 def test_what_stays_unclear_is_refused(column, says):
@@ -152,6 +161,52 @@ def saudi():
 
     sessions = exchange_calendar("XSAU", 2022).sessions
     return sessions[(sessions >= "2022-01-03") & (sessions <= "2024-06-28")]
+
+
+EVENINGS = {"futures": "America/Chicago", "currencies": "America/New_York"}
+
+
+@pytest.mark.parametrize("rows", [15, 60, 500])
+@pytest.mark.parametrize("form", ["offset", "Z", "naive", "seconds", "local"])
+@pytest.mark.parametrize("market", EVENINGS)
+def test_a_session_that_opens_in_the_evening_is_the_next_day_s(market, form, rows):
+    "Monday's bar of a future or a currency is stamped on Sunday, at 17:00 in Chicago or New York."
+    truth = pd.bdate_range("2022-01-10", periods=rows)
+    local = (truth - pd.Timedelta(hours=7)).tz_localize(EVENINGS[market])
+    utc = local.tz_convert("UTC")
+    column = {
+        "offset": [t.isoformat() for t in local],
+        "Z": utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "naive": utc.strftime("%Y-%m-%d %H:%M"),
+        "seconds": utc.as_unit("s").asi8,
+        "local": local.strftime("%Y-%m-%d %H:%M:%S"),
+    }[form]
+    assert list(days_of(column)) == list(truth)
+
+
+@pytest.mark.parametrize(
+    "zone, hour", [("Asia/Jerusalem", "17:25"), ("Asia/Riyadh", "23:59:59"), ("Africa/Cairo", "14:30")]
+)
+def test_a_week_from_sunday_to_thursday_keeps_its_days(zone, hour):
+    truth = pd.bdate_range("2022-01-02", periods=300, freq="C", weekmask="Sun Mon Tue Wed Thu")
+    local = (truth + pd.Timedelta(hour if len(hour) > 5 else hour + ":00")).tz_localize(zone)
+    assert list(days_of([t.isoformat() for t in local])) == list(truth)
+
+
+def test_months_that_open_on_an_evening_are_refused():
+    "17:00 in New York on the last of January is where February's bar begins, or where January's ends."
+    months = pd.date_range("2018-01-31 17:00", periods=40, freq="ME", tz="America/New_York").tz_convert("UTC")
+    with pytest.raises(BadPrices, match="no date of a daily bar: it may be .*the next session"):
+        days_of(months.strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "America/Los_Angeles", "Asia/Tokyo"])
+def test_days_around_the_clock_are_those_of_utc(zone):
+    truth = pd.date_range("2022-01-02", periods=300)
+    begin = truth.tz_localize("UTC").tz_convert(zone)
+    assert list(days_of([t.isoformat() for t in begin])) == list(truth)
+    ends = truth + pd.Timedelta(hours=24) - pd.Timedelta(milliseconds=1)
+    assert list(days_of(ends.strftime("%Y-%m-%dT%H:%M:%S.%fZ"))) == list(truth)
 
 
 def test_numbers_of_seconds_are_stamps_too():

@@ -21,7 +21,8 @@ _DIGITS = re.compile(r"(?P<a>\d{4})(?P<b>\d{2})(?P<c>\d{2})" + _REST)
 _GAP = r"[-/., ]*"
 _DAY_FIRST = re.compile(r"(?P<a>\d{1,4})" + _GAP + r"(?P<b>[a-z]{3,9})" + _GAP + r"(?P<c>\d{1,4})" + _REST)
 _MONTH_FIRST = re.compile(r"(?P<b>[a-z]{3,9})" + _GAP + r"(?P<a>\d{1,2})[-/., ]+(?P<c>\d{2,4})" + _REST)
-_MONTHS = {name: n for n, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+_NAMES = "january february march april may june july august september october november december".split()
+_MONTHS = {name[:n]: number for number, name in enumerate(_NAMES, 1) for n in range(3, len(name) + 1)}
 _WEEKDAY = r"^(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*[., ]+"
 _TIME = re.compile(
     r"[t ,]*(?:(?P<hour>\d{1,2}):(?P<minute>\d{2})(?::(?P<second>\d{2}(?:\.\d+)?))?)?\s*(?P<half>am|pm)?"
@@ -71,7 +72,7 @@ def _as_dates(fields: pd.DataFrame, order: str) -> pd.Series | None:
 def _readings(fields: pd.DataFrame) -> dict:
     "The possible readings of a column: the order's name to its dates."
     if fields.b.str.isalpha().all():
-        numbers = fields.b.str[:3].map(_MONTHS)
+        numbers = fields.b.map(_MONTHS)
         if numbers.isna().any():
             return {}
         year_first = fields.a.str.len().max() > 2
@@ -138,20 +139,26 @@ def _time_of_day(rest: pd.Series, text: pd.Series, where: str) -> tuple[pd.Serie
 
 # %% ../../nbs/data/12_dates.ipynb #ebe0bbea
 _UNITS = {"s": (1e8, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, 9.2e18)}
+_CLOCKED = r"((?:19|20)\d\d[01]\d[0-3]\d)([0-2]\d)([0-5]\d)([0-5]\d)?"  # 202012311630 or 20201231163000
 
 
 def _from_numbers(values: pd.Series, where: str) -> Stamps:
     "Dates that are numbers."
     low, high = float(values.min()), float(values.max())
-    if 19000101 <= low and high <= 21001231 and (values % 1 == 0).all():
-        return _from_text(values.astype("int64").astype(str), where)
+    if 19000101 <= low and high <= 20991231235959 and (values % 1 == 0).all():
+        digits = values.astype("int64").astype(str)
+        if high <= 21001231:
+            return _from_text(digits, where)
+        if digits.str.fullmatch(_CLOCKED).all() and digits.str.len().nunique() == 1:
+            return _from_text(digits.str.replace(_CLOCKED, r"\1 \2:\3:\g<4>", regex=True).str.rstrip(":"), where)
     for unit, (least, most) in _UNITS.items():
         if least <= low and high < most:
-            whole = pd.to_datetime(values.round().astype("int64"), unit=unit)
-            return Stamps(pd.DatetimeIndex(whole).as_unit("ns"), np.zeros(len(values), int))
+            whole = pd.DatetimeIndex(pd.to_datetime(values.round().astype("int64"), unit=unit)).as_unit("ns")
+            if whole.max() < pd.Timestamp.now() + pd.Timedelta(days=400):
+                return Stamps(whole, np.zeros(len(values), int))
     raise BadPrices(
         f"{where}: the dates cannot be read: numbers from {values.min()} to {values.max()} are no dates; "
-        "write 2020-12-31, 20201231 or seconds since 1970"
+        "write 2020-12-31, 20201231 or seconds since 1970, or pass date_format"
     )
 
 
@@ -241,6 +248,14 @@ _ZONES = (
 _FRIDAYS = {"Asia/Riyadh", "Asia/Jerusalem", "Africa/Cairo", "Asia/Dhaka"}  # their weekend is Friday and Saturday
 
 
+_EVENINGS = ("America/New_York", "America/Chicago")  # where sessions of currencies and futures begin the evening before
+
+
+def _in_the_evening(wall: pd.DatetimeIndex) -> bool:
+    "Whether all times are whole hours from 16:00 on."
+    return bool((wall.hour >= 16).all() and (wall == wall.floor("h")).all())
+
+
 def _at_weekends(days: pd.DatetimeIndex, weekend: tuple[int, int] = (5, 6)) -> float:
     "Share of the days that are on a weekend."
     return float(days.day_of_week.isin(weekend).mean()) if len(days) else 0.0
@@ -252,7 +267,9 @@ def _possible_days(utc: pd.DatetimeIndex) -> dict:
     times = {zone: wall - wall.normalize() for zone, wall in local.items()}
     midnight = [zone for zone in _ZONES if (times[zone] == pd.Timedelta(0)).all()]
     constant = midnight or [zone for zone in _ZONES if times[zone].nunique() == 1]
-    return {"UTC": utc.normalize()} | {zone: local[zone].normalize() for zone in constant}
+    days = {"UTC": utc.normalize()} | {zone: local[zone].normalize() for zone in constant}
+    evenings = [zone for zone in constant if zone in _EVENINGS and _in_the_evening(local[zone])]
+    return days | {f"{zone}, the next session": days[zone] + pd.Timedelta(days=1) for zone in evenings}
 
 # %% ../../nbs/data/12_dates.ipynb #3a1a54a5
 def _local_days(utc: pd.DatetimeIndex, where: str) -> pd.DatetimeIndex:
@@ -262,7 +279,7 @@ def _local_days(utc: pd.DatetimeIndex, where: str) -> pd.DatetimeIndex:
     candidates = {zone: d for zone, d in days.items() if weekdays[zone]} or days
     first, *others = candidates.values()
     differs = np.logical_or.reduce([first != other for other in others]) if others else np.zeros(len(first), bool)
-    if not any(weekdays.values()) and _at_weekends(first) < 0.2:
+    if not any(weekdays.values()) and _at_weekends(first) < 0.25:  # around the clock it is two days of seven
         differs = np.ones(len(first), bool)
     if differs.any():
         row = int(np.argmax(differs))
@@ -276,11 +293,16 @@ def _local_days(utc: pd.DatetimeIndex, where: str) -> pd.DatetimeIndex:
 # %% ../../nbs/data/12_dates.ipynb #e5b07711
 def session_dates(stamps: Stamps, where: str) -> pd.DatetimeIndex:
     "The sessions that daily, weekly or monthly bars belong to. `BadPrices` where several are possible."
-    days = stamps.wall.normalize()
-    in_utc = stamps.offset is None or not stamps.offset.any()
-    if not in_utc or (stamps.wall == days).all():
+    days, east = stamps.wall.normalize(), np.zeros(len(stamps.wall), int) if stamps.offset is None else stamps.offset
+    if (stamps.wall == days).all() or (stamps.wall - days >= pd.Timedelta(hours=23, minutes=59)).all():
         return days
-    if stamps.offset is None and _at_weekends(days) < 0.02:
+    after, weekends = days + pd.Timedelta(days=1), _at_weekends(days)
+    if _in_the_evening(stamps.wall) and east.max() <= 60 and weekends > 0.1 and _at_weekends(after) < 0.02:
+        return after
+    utc = stamps.wall - pd.to_timedelta(east, unit="min")
+    if weekends > 0.25 and (utc == utc.normalize()).all():
+        return utc
+    if east.any() or (stamps.offset is None and weekends < 0.02):
         return days
     return _local_days(stamps.wall, where)
 
