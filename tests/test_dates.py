@@ -290,3 +290,47 @@ def test_anything_is_dates_or_one_clear_error(column, intraday):
         assert str(error).startswith("a.csv: ")
         return
     assert len(index) == len(column) and not index.isna().any()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_every_second_or_third_day_is_no_daily_bar(step):
+    with pytest.raises(BadPrices, match=f"{step} days apart, which is not 1d: there are 1d"):
+        check_spacing(pd.date_range("2024-01-01", periods=60, freq=f"{step}D"), "1d", "a.csv")
+    sparse = pd.bdate_range("2024-01-01", periods=400).delete(np.arange(0, 390, 3))  # a stock that does not trade daily
+    check_spacing(sparse, "1d", "a.csv")
+
+
+def test_days_with_several_bars_are_named_by_their_distance():
+    days = pd.bdate_range("2020-01-02", periods=60)
+    hours = [day + pd.Timedelta(hours=9 + n) for day in days[-5:] for n in range(7)]
+    with pytest.raises(BadPrices, match="1 hour apart, which is not 1d: pass interval='1h'"):
+        check_spacing(days[:-5].append(pd.DatetimeIndex(hours)), "1d", "a.csv")
+
+
+@pytest.mark.parametrize(
+    "interval, whole, today",
+    [
+        ("1wk", pd.date_range("2018-01-01", periods=101, freq="W-MON"), "2019-12-04"),
+        ("1mo", pd.date_range("2000-01-01", periods=101, freq="MS"), "2008-05-09"),
+        ("1mo", pd.date_range("2000-01-01", periods=100, freq="MS"), "2008-05-09"),
+        ("1mo", pd.date_range("2000-01-05", periods=100, freq="28D"), "2007-08-16"),
+    ],
+)
+def test_a_week_or_month_that_is_not_over_is_refused(interval, whole, today):
+    "Yahoo's files end in a row of today."
+    with pytest.raises(BadPrices, match=f"the last bar, of {today}, comes .* leave it out"):
+        check_spacing(whole.append(pd.DatetimeIndex([today])), interval, "a.csv")
+    check_spacing(whole, interval, "a.csv")
+
+
+@pytest.mark.parametrize("exchange", ["XNYS", "XSHG", "XIST", "XTKS", "XIDX", "XETR", "XSAU"])
+@pytest.mark.parametrize("edge", ["min", "max"])
+@pytest.mark.parametrize("interval, period", [("1wk", "W-SUN"), ("1wk", "W-SAT"), ("1mo", "M")])
+def test_weeks_and_months_of_sessions_are_whole(exchange, edge, interval, period):
+    "Labels that are the first or last session of a week, some of them one day after a holiday, wherever the file ends."
+    sessions = (
+        saudi() if exchange == "XSAU" else calendar(exchange).sessions_in_range("2018-01-01", "2024-06-28")
+    ).to_series()
+    labels = pd.DatetimeIndex(getattr(sessions.groupby(sessions.dt.to_period(period)), edge)())
+    for rows in range(20, len(labels), 3):
+        check_spacing(labels[:rows], interval, "a.csv")

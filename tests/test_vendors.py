@@ -102,7 +102,10 @@ FILES = {
         INDEX,
     ),
     "investing.de": ('"Datum","Zuletzt"\n"02.01.2020","5.006,29"\n', "no 'close' column"),
-    "fred": ("observation_date,SP500\n2020-01-02,3257.85\n2020-01-03,.\n", r"no 'close' column; it has \['SP500'\]"),
+    "fred": (
+        "observation_date,SP500\n2020-01-02,3257.85\n2020-01-03,.\n",
+        r"no 'close' column; it has \['SP500'\]: name the column of closing prices close",
+    ),
     "ecb": ("Date,USD,JPY\n02 January 2020,1.1193,121.75\n", r"no 'close' column; it has \['USD', 'JPY'\]"),
     "quandl": (
         table(DAILY).assign(**{"Ex-Dividend": 0.0, "Adj. Close": DAILY.close.to_numpy() / 2})[::-1].to_csv(index=False),
@@ -161,6 +164,207 @@ FILES = {
     "closes side by side": (table(DAILY, close="close_A", open="close_B").to_csv(index=False), "no 'close' column"),
 }
 
+NY = "America/New_York"
+MID = DAYS.tz_localize(NY)
+CODES = table(DAILY).assign(Code="72030"), table(DAILY * 3).assign(Code="67580")
+SMALL = bars(DAYS, 12.3, 2, 8).assign(volume=5000.0 + 137 * np.arange(60))
+HALF = DAILY.assign(**{name: DAILY[name] / 2 for name in PRICES})
+CLOSES = pd.DataFrame(np.nan, DAYS, [*PRICES, "volume"]).assign(close=DAILY.close)
+SOME = lambda text: "Date,Close\n" + "".join(f"{day:%Y-%m-%d},{text(n)}\n" for n, day in enumerate(DAYS))
+
+
+def small(separator, form, quote=""):
+    "Prices near twelve, and volumes of some thousands, as text."
+    rows = [[f"{day:%d.%m.%Y}", *map(form, row[:4], [2] * 4), form(row[4], 0)] for day, *row in SMALL.itertuples()]
+    lines = [["Date", "Open", "High", "Low", "Close", "Volume"], *rows]
+    return "\n".join(separator.join(quote + field + quote for field in line) for line in lines)
+
+
+def comma(x, decimals):
+    return f"{x:,.{decimals}f}".translate(str.maketrans(",.", ".,"))
+
+
+def point(x, decimals):
+    return f"{x:,.{decimals}f}"
+
+
+FILES |= {
+    "volumes with points, semicolons": (small(";", comma), SMALL),
+    "volumes with points, tabs": (small("\t", comma), SMALL),
+    "volumes with points, quoted": (small(",", comma, '"'), SMALL),
+    "volumes with commas, semicolons": (small(";", point), SMALL),
+    "volumes with commas, bars": (small("|", point), SMALL),
+    "indian numbers": (
+        marked(INDEX, lambda x: f"1,23,456.{x:.0f}").assign(Volume="50,00,000").to_csv(index=False),
+        INDEX.assign(**{name: [float(f"123456.{x:.0f}") for x in INDEX[name]] for name in PRICES}),
+    ),
+    "bonds in 32nds": (SOME(lambda n: f"110'{n % 32:02d}{'0257'[n % 4]}"), 'not a number: "110\'000" in row 1'),
+    "corn in eighths": (SOME(lambda n: f"375'{n % 8}"), 'not a number: "375\'0" in row 1'),
+    "settlement of a future": (
+        table(DAILY, close="Settle").assign(Last=1.0).to_csv(index=False),
+        DAILY,
+        dict(ticker="ES=F"),
+    ),
+    "a future that is rolled": (
+        table(DAILY).assign(Symbol=np.where(np.arange(60) < 30, "ESH20", "ESM20")).to_csv(index=False),
+        DAILY,
+    ),
+    "one symbol after another": (
+        table(DAILY).assign(Symbol=np.where(np.arange(60) < 30, "AAA", "BBB")).to_csv(index=False),
+        r"2 symbols in the column 'Symbol' \(AAA, BBB\), and SPY is not .* or leave the column out",
+    ),
+    "codes that are numbers": (
+        pd.concat(CODES).to_csv(index=False),
+        r"2 symbols in the column 'Code' \(72030, 67580\)",
+        dict(ticker="7203.T"),
+    ),
+    "symbol without its ending": (
+        pd.concat([table(DAILY).assign(SYMBOL="INFY"), table(DAILY * 2).assign(SYMBOL="TCS")]).to_csv(index=False),
+        DAILY,
+        dict(ticker="INFY.NS"),
+    ),
+    "j-quants": (
+        table(DAILY).assign(AdjustmentFactor=1.0, AdjustmentClose=DAILY.close.to_numpy() / 2).to_csv(index=False),
+        HALF,
+    ),
+    "sharadar": (table(DAILY).assign(closeunadj=7.0, closeadj=DAILY.close.to_numpy() / 2).to_csv(index=False), HALF),
+    "adjusted closing price": (
+        table(DAILY).assign(**{"Adjusted Close Price": DAILY.close.to_numpy() / 2}).to_csv(index=False),
+        HALF,
+    ),
+    "adjusted closes alone": (table(DAILY)[["Date", "Close"]].set_axis(["Date", "Adj Close"], axis=1).to_csv(), CLOSES),
+    "adjusted closes beside raw bars": (
+        table(DAILY, close="Adj Close").to_csv(index=False),
+        "no 'close' column; it has .*: name the column",
+    ),
+    "bloomberg fields": (
+        table(
+            DAILY, "%m/%d/%Y", **{n: f"PX_{n.upper()}" for n in ("open", "high", "low", "volume")}, close="PX_LAST"
+        ).to_csv(index=False),
+        DAILY,
+    ),
+    "refinitiv": (
+        table(DAILY, "%Y-%m-%dT00:00:00Z", **{name: f"Price {name.title()}" for name in PRICES})
+        .assign(Instrument="SPY.P")[
+            ["Instrument", "Date", "Price Open", "Price High", "Price Low", "Price Close", "Volume"]
+        ]
+        .to_csv(index=False),
+        DAILY,
+    ),
+    "polygon, flat file": (
+        table(DAILY)
+        .assign(Date=MID.as_unit("ns").asi8, ticker="SPY")
+        .rename(columns={"Date": "window_start"})[["ticker", "Volume", "Open", "Close", "High", "Low", "window_start"]]
+        .to_csv(index=False),
+        DAILY,
+    ),
+    "tushare": (
+        table(DAILY, "%Y%m%d", volume="vol")
+        .rename(columns={"Date": "trade_date"})
+        .assign(ts_code="600519.SH")[["ts_code", "trade_date", "Open", "High", "Low", "Close", "vol"]][::-1]
+        .to_csv(index=False),
+        DAILY,
+        dict(ticker="600519.SS"),
+    ),
+    "cryptodatadownload, hours": (
+        "https://www.CryptoDataDownload.com\n"
+        + table(HOURLY, "%Y-%m-%d %H:%M:%S").assign(unix=UNIX(HOURLY, "s"), symbol="BTC/USD")[::-1].to_csv(index=False),
+        HOURLY,
+        dict(interval="1h", ticker="BTC-USD"),
+    ),
+    "coinmarketcap": (
+        table(CRYPTO, "%Y-%m-%dT23:59:59.999Z").rename(columns={"Date": "timestamp"}).to_csv(index=False, sep=";"),
+        CRYPTO,
+        dict(ticker="BTC-USD"),
+    ),
+    "dukascopy": (
+        table(HOURLY, "%d.%m.%Y %H:%M:%S.000").rename(columns={"Date": "Gmt time"}).to_csv(index=False),
+        HOURLY,
+        dict(interval="1h", ticker="EURUSD=X", date_format="%d.%m.%Y"),
+    ),
+    "dukascopy, local": (
+        table(HOURLY, "%d.%m.%Y %H:%M:%S.000 GMT+0100").rename(columns={"Date": "Local time"}).to_csv(index=False),
+        HOURLY.set_axis(HOURS - pd.Timedelta(hours=1)),
+        dict(interval="1h", ticker="EURUSD=X", date_format="%d.%m.%Y"),
+    ),
+    "metatrader 5, hours without a zone": (
+        table(HOURLY).assign(Date=HOURS.strftime("%Y.%m.%d"), Time=HOURS.strftime("%H:%M:%S")).to_csv(sep="\t"),
+        "need a UTC offset",
+        dict(interval="1h"),
+    ),
+    "times of three and four digits": (
+        pd.DataFrame({"Date": 20240102, "Time": [930, 935, 940, 1000], "Close": 1.0}).to_csv(index=False),
+        "need a UTC offset",
+        dict(interval="5m"),
+    ),
+    "no time of day in the column of times": (
+        "date;time;close\n20200102;;1\n20200103;;2\n",
+        CLOSES[:2].assign(close=[1, 2]),
+    ),
+    "tradingview, a future": (
+        table(DAILY)
+        .assign(Date=(DAYS - pd.Timedelta(hours=7)).tz_localize("America/Chicago").as_unit("s").asi8)
+        .to_csv(index=False),
+        DAILY,
+        dict(ticker="ES=F"),
+    ),
+    "histdata, no header": (
+        table(HOURLY, "%Y%m%d %H%M%S").to_csv(index=False, header=False, sep=";"),
+        "write a header",
+        dict(interval="1h"),
+    ),
+    "asx, no header": (
+        table(DAILY, "%Y%m%d")
+        .assign(Code="BHP")[["Code", "Date", *map(str.title, DAILY)]]
+        .to_csv(index=False, header=False),
+        "write a header such as date,open,high,low,close,volume above .'BHP', '20200102'",
+    ),
+    "metatrader 4, times and no header": (
+        table(DAILY, "%Y.%m.%d,00:00").to_csv(index=False, header=False).replace('"', ""),
+        "write a header",
+    ),
+    "decimal commas between commas": (
+        SOME(lambda n: f"{100 + n},25"),
+        "cannot be read as csv: its first rows have more fields than its header",
+    ),
+    "empty rows of a spreadsheet": (LINES[0] + "\n" + "\n,,,,,\n".join(LINES[1:]) + "\n,,,,,\n", DAILY),
+    "yf.download by ticker": (
+        pd.concat({name: (DAILY * k).rename(columns=str.title) for k, name in ((1, "SPY"), (2, "QQQ"))}, axis=1)
+        .rename_axis(columns=["Ticker", "Price"])
+        .rename_axis("Date")
+        .to_csv(),
+        DAILY,
+    ),
+    "yahoo's page": (
+        marked(INDEX, lambda x: f"{x:,.2f}", dates="%b %d, %Y", close="Close*")
+        .assign(**{"Close*": [f"{x:,.2f}" for x in INDEX.close], "Adj Close**": [f"{x:,.2f}" for x in INDEX.close]})
+        .drop(columns="Close")[::-1]
+        .to_csv(index=False, sep="\t"),
+        INDEX,
+    ),
+    "yahoo's page with a dividend": (
+        marked(INDEX, lambda x: f"{x:,.2f}", dates="%b %d, %Y").to_csv(index=False, sep="\t")
+        + "Feb 03, 2020\t1.57 Dividend\n",
+        "'1.57 Dividend' in row 61 of 'open'",
+    ),
+    "every third day": (
+        table(bars(pd.date_range("2020-01-01", periods=60, freq="3D"))).to_csv(index=False),
+        "3 days apart, which is not 1d",
+    ),
+    "yahoo's weeks and today": (
+        table(bars(WEEKS[:-1] - pd.Timedelta(days=4))).to_csv(index=False) + "2019-02-13,1,1,1,1,1\n",
+        "the last bar, of 2019-02-13, comes 2 days after",
+        dict(interval="1wk"),
+    ),
+    "quarters": (
+        table(bars(pd.date_range("2000-01-01", periods=60, freq="QS"))).to_csv(index=False),
+        "91 days apart, which is not 1mo",
+        dict(interval="1mo"),
+    ),
+    "rows of R": ("\n".join([LINES[0].removeprefix("Date,"), *LINES[1:]]), DAILY),
+    "japanese": ("日付,始値,終値\n2020/01/06,1,2\n".encode("shift_jis"), "no 'close' column"),
+}
+
 
 def ask(path, content, ticker="SPY", **more):
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
@@ -179,8 +383,7 @@ def test_a_file_gives_the_right_prices_or_one_clear_error(tmp_path, name):
     got = ask(path, content, **(more[0] if more else {})).frame
     assert got.index.tolist() == right.index.tolist()
     np.testing.assert_allclose(got[PRICES], right[PRICES], rtol=1e-9)
-    known = got.volume.notna()
-    np.testing.assert_allclose(got.volume[known], right.volume[known])
+    np.testing.assert_allclose(got.volume, right.volume)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +399,18 @@ def test_what_is_odd_is_named(tmp_path, change, note):
     close = change(DAILY)
     got = ask(tmp_path / "a.csv", pd.DataFrame({"Date": DAYS, "Close": close}).to_csv(index=False))
     assert any(note in one for one in got.provenance.notes)
+
+
+def test_numbers_of_thousands_or_of_three_decimals_are_named(tmp_path, caplog):
+    "71,200 is a price in Seoul, and 1,105 a rate in Frankfurt; nothing in such a file tells, so the reading is said."
+    got = ask(tmp_path / "a.csv", SOME(lambda n: f'"71,{200 + n}"'))
+    assert got.frame.close.iloc[0] == 71_200 and "'71,200' in 'close' is read as 71200" in caplog.text
+    caplog.clear()
+    assert (
+        ask(tmp_path / "a.csv", SOME(lambda n: f'"{0.998 + n / 1000:.3f}"'.replace(".", ","))).frame.close.iloc[0]
+        == 0.998
+    )
+    assert caplog.text == ""
 
 
 def test_thousands_that_look_like_decimals_are_named(tmp_path):

@@ -328,25 +328,46 @@ def _in_words(distance: pd.Timedelta) -> str:
             return f"{number:.3g} {unit}{'s' if number != 1 else ''}"
     return f"{distance.total_seconds():.3g} seconds"
 
+# %% ../../nbs/data/12_dates.ipynb #0dd3cd3d
+def _check_last(days: pd.DatetimeIndex, interval: str, where: str) -> None:
+    "`BadPrices` for a week or month that is not over, as Yahoo adds one under the date of today."
+    first, last = days[-2:]
+    if interval == "1wk":  # Thursday and Sunday are two weeks where the week begins on Sunday
+        early = first.to_period("W-SUN") == last.to_period("W-SUN") and last.day_of_week < 6
+    else:
+        starts = len(days) >= 10 and (days[:-1].day == 1).all()
+        early = first.to_period("M") == last.to_period("M") or (starts and last.day > 1)
+    if early:
+        raise BadPrices(
+            f"{where}: the last bar, of {last.date()}, comes {(last - first).days} days after the one before, "
+            f"which is not {interval}: leave it out"
+        )
+
+# %% ../../nbs/data/12_dates.ipynb #4ccf751f
+def _spacing(times: pd.DatetimeIndex, intraday: bool) -> tuple[pd.Timedelta, str | None]:
+    "The usual distance of bars in order of time, and the interval that it is of, None for none."
+    steps, days = pd.Series(pd.to_timedelta(np.diff(times.asi8), unit="ns")), times.normalize().unique()
+    usual, several = steps.mode()[0], len(times) > 1.2 * len(days)
+    if several:
+        found = steps[steps < pd.Timedelta(days=1)].mode()[0]
+    else:
+        found = usual if intraday else pd.Timedelta(np.median(np.diff(days.asi8)), unit="ns")
+    fits = [name for name, one in INTERVALS.items() if is_intraday(name) and one.length == found]
+    fits += [name for name, (least, most) in _USUAL.items() if least <= found / pd.Timedelta(days=1) <= most]
+    if fits == ["1d"] and len(steps) >= 10 and usual > pd.Timedelta(days=1.5):
+        return usual, None  # every second or third day
+    return found, fits[0] if fits else None
+
 
 def check_spacing(times: pd.DatetimeIndex, interval: str, where: str) -> None:
     "`BadPrices` where bars are not `interval` apart, with the distance found; `times` may be in any order."
     times = times.unique().sort_values().as_unit("ns")
     days = times.normalize().unique()
-    steps = pd.Series(pd.to_timedelta(np.diff(times.asi8), unit="ns"))
     if len(days) < 3 and (len(times) < 3 or not is_intraday(interval)):
         return
-    if is_intraday(interval) or len(times) > 1.2 * len(days):
-        found = steps.mode()[0]
-        right = is_intraday(interval) and found == INTERVALS[interval].length
-    else:
-        found = pd.Timedelta(np.median(np.diff(days.asi8)), unit="ns")
-        least, most = _USUAL[interval]
-        right = least <= found / pd.Timedelta(days=1) <= most
-    if right:
-        return
-    fits = [name for name, one in INTERVALS.items() if is_intraday(name) and one.length == found]
-    if found >= pd.Timedelta(days=0.9):
-        fits = [name for name, (least, most) in _USUAL.items() if least <= found / pd.Timedelta(days=1) <= most]
-    advice = f"pass interval={fits[0]!r}" if fits else f"there are {', '.join(INTERVALS)}"
-    raise BadPrices(f"{where}: the bars are {_in_words(found)} apart, which is not {interval}: {advice}")
+    found, held = _spacing(times, is_intraday(interval))
+    if held != interval:
+        advice = f"pass interval={held!r}" if held else f"there are {', '.join(INTERVALS)}"
+        raise BadPrices(f"{where}: the bars are {_in_words(found)} apart, which is not {interval}: {advice}")
+    if interval in ("1wk", "1mo"):
+        _check_last(days, interval, where)

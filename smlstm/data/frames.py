@@ -7,7 +7,9 @@ __all__ = ['COLUMNS', 'as_price_frame', 'PriceReport', 'describe_report', 'clean
 
 # %% ../../nbs/data/13_frames.ipynb #2c3d0d04
 import hashlib
+import logging
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,24 +22,32 @@ from .request import BadPrices
 COLUMNS = ["open", "high", "low", "close", "volume"]
 _ALIASES = {
     "close/last": "close",
-    "vol": "volume",
-    "vol.": "volume",
-    "adjclose": "adj close",
-    "adj. close": "adj close",
     "px last": "close",
-    **{f"{name} price": name for name in ("open", "high", "low", "close")},
+    **{f"px {name}": name for name in ("open", "high", "low", "volume")},
+    **{f"{name} price": name for name in COLUMNS[:4]},
+    **{f"price {name}": name for name in COLUMNS[:4]},
+    **dict.fromkeys(("vol", "vol.", "volume (shares)", "shares traded", "number of shares", "no.of shares"), "volume"),
+    **dict.fromkeys(("total traded quantity", "tottrdqty", "total volume"), "volume"),
 }
 
+# %% ../../nbs/data/13_frames.ipynb #f8f5b31e
+_ADJUSTED = re.compile(r"adj[a-z]*[. ]*(?:clos.*|cp)|close[ (]*adj(?:usted)?\)?")
+DATE_NAMES = (
+    *("date", "datetime", "timestamp", "ds", "time", "local time", "gmt time", "trade date", "tradedate"),
+    *("trading date", "window start", "open time", "unix timestamp", "unix", "day"),
+)
 
-def _column_name(name: Any) -> str:
+
+def column_name(name: Any) -> str:
     "A column's name in lower case, without the marks of some vendors, with one spelling of the adjusted close."
-    plain = re.sub(r"^\d+[a-z]?\. |[<>*]", "", str(name).strip().lower()).replace("_", " ")
-    plain = plain.replace("adjusted", "adj").strip()
-    return _ALIASES.get(plain, plain)
+    plain = re.sub(r"^\d+[a-z]?\. |[<>*]", "", str(name).strip().lower()).replace("_", " ").strip()
+    return "adj close" if _ADJUSTED.fullmatch(plain) else _ALIASES.get(plain, plain)
 
 # %% ../../nbs/data/13_frames.ipynb #791f86d5
+_logger = logging.getLogger(__name__)
 _MISSING = {"", "-", "--", "—", "null", "none", "nan", "n/a", "na", "nat", "#n/a", "."}
-_MARKS = r"[\s$€£¥₹'\u00a0\u202f]|usd|eur"
+_MARKS = r"[\s$€£¥₹\u00a0\u202f]|['\u2019](?=\d{3}(?!\d))|usd|eur"
+_THOUSANDS = r"-?[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}"  # also 12,34,567, as in India
 
 
 def _plain_numbers(text: pd.Series) -> pd.Series:
@@ -49,20 +59,32 @@ def _plain_numbers(text: pd.Series) -> pd.Series:
         thousands = known.str.contains(r"\.\d{3}\.").any()
         return text.str.replace(".", "", regex=False) if thousands else text
     commas = known[known.str.contains(",")]
-    thousands = commas.str.contains(r",.*\.").any() or commas.str.fullmatch(r"-?[1-9]\d{0,2}(?:,\d{3})+").all()
+    thousands = commas.str.contains(r",.*\.").any() or commas.str.fullmatch(_THOUSANDS).all()
     european = known.str.contains(r"\.\d{3}.*,").any() or not thousands
     if european:
         return text.str.replace(".", "", regex=False).str.replace(",", ".", regex=False)
     return text.str.replace(",", "", regex=False)
 
 
+def _ambiguous(text: pd.Series) -> str | None:
+    "The first number of a column in which all are as 1,105: of thousands, or of decimals in other countries."
+    known = text[~text.str.strip().str.lower().isin(_MISSING)].str.strip()
+    return known.iloc[0] if len(known) and known.str.fullmatch(r"[1-9]\d{0,2},\d{3}").all() else None
+
+
 def _numbers(column: pd.Series, where: str) -> pd.Series:
     "A column of prices as floats. `BadPrices` names the first cell that is not a number."
     if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
         return column.astype(float)
-    missing = column.isna()
-    found = pd.to_numeric(_plain_numbers(column.astype(str).mask(missing, "")), errors="coerce").astype(float)
-    bad = found.isna() & ~missing & ~column.astype(str).str.strip().str.lower().isin(_MISSING)
+    missing, text = column.isna(), column.astype(str)
+    found = pd.to_numeric(_plain_numbers(text.mask(missing, "")), errors="coerce").astype(float)
+    bad = found.isna() & ~missing & ~text.str.strip().str.lower().isin(_MISSING)
+    quoted = text.str.contains("'", regex=False)
+    if quoted.sum() >= 10 and text[quoted].str.fullmatch(r"\s*\d{2,3}'(?:[0-2]\d|3[01])[0257]\s*").all():
+        bad = quoted  # in 32nds: by chance thousands look so once in 10 ** 9
+    if (first := _ambiguous(text[~missing])) is not None:
+        value = first.replace(",", "")
+        _logger.warning("%s: %r in %r is read as %s, not with three decimals", where, first, column.name, value)
     if bad.any():
         row = int(np.argmax(bad))
         raise BadPrices(
@@ -88,7 +110,7 @@ def _one_symbol(frame: pd.DataFrame, where: str, ticker: str | None) -> pd.DataF
     "The columns of one symbol, of a frame with one or two levels of names. `BadPrices` where several could be meant."
     if not isinstance(frame.columns, pd.MultiIndex):
         return frame
-    names = [{_column_name(name) for name in frame.columns.get_level_values(level)} for level in range(2)]
+    names = [{column_name(name) for name in frame.columns.get_level_values(level)} for level in range(2)]
     field = 0 if "close" in names[0] else 1
     symbols = list(dict.fromkeys(frame.columns.get_level_values(1 - field)))
     chosen = [symbol for symbol in symbols if str(symbol).upper() == str(ticker).upper()]
@@ -98,16 +120,25 @@ def _one_symbol(frame: pd.DataFrame, where: str, ticker: str | None) -> pd.DataF
     return frame.xs((chosen or symbols)[0], axis=1, level=1 - field)
 
 # %% ../../nbs/data/13_frames.ipynb #62a79356
+_CLOSES = ("close", "settle", "settlement price", "price", "last", "latest")
+
+
+def _close_of(names: Iterable[str]) -> str | None:
+    "Which of a table's columns is its close, None for none."
+    known = set(names)
+    alone = ("adj close",) if not known & {"open", "high", "low"} else ()
+    return next((name for name in (*_CLOSES, *alone) if name in known), None)
+
+
 def _price_columns(raw: pd.DataFrame, where: str) -> pd.DataFrame:
     "Those of the five columns that a table has, as floats, adjusted. `BadPrices` names what cannot be used."
-    frame = raw.rename(columns=_column_name)
-    if "close" not in frame:
-        last = next((name for name in ("price", "last") if name in frame), None)
-        if last is None:
-            named = [name for name in frame if not re.fullmatch(r"[-\d.,:]+", str(name))]
-            advice = "" if named else ": write a header such as date,open,high,low,close,volume above the first row"
-            raise BadPrices(f"{where} has no 'close' column; it has {list(raw.columns)}{advice}")
-        frame = frame.rename(columns={last: "close"})
+    frame = raw.rename(columns=column_name)
+    close = _close_of(frame)
+    if close is None:
+        raise BadPrices(
+            f"{where} has no 'close' column; it has {list(raw.columns)[:12]}: name the column of closing prices close"
+        )
+    frame = frame.rename(columns={close: "close"})
     wanted = [name for name in (*COLUMNS, "adj close") if name in frame]
     twice = frame.columns[frame.columns.duplicated()].intersection(wanted)
     if len(twice):
@@ -127,9 +158,6 @@ def standard_columns(raw: pd.DataFrame, where: str, ticker: str | None = None) -
     return frame.reindex(columns=COLUMNS).rename_axis(index="date")
 
 # %% ../../nbs/data/13_frames.ipynb #d9bc800c
-_DATES = ("date", "datetime", "timestamp", "ds", "time", "day")
-
-
 def _as_frame(data: Any, where: str) -> pd.DataFrame:
     "A pandas frame of a frame, a Series of closes or a polars frame. `BadPrices` for anything without dates."
     if isinstance(data, pd.Series):
@@ -146,7 +174,7 @@ def _date_index(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     "The frame under a DatetimeIndex, from its index or its date column."
     if isinstance(frame.index, pd.DatetimeIndex):
         return frame
-    named = next((column for column in frame.columns if _column_name(column) in _DATES), None)
+    named = next((column for column in frame.columns if column_name(column) in DATE_NAMES), None)
     if named is None and pd.api.types.is_numeric_dtype(frame.index.dtype):
         has = list(frame.columns)
         raise BadPrices(f"{where} has no dates: give it a DatetimeIndex, or a column 'date' beside {has}")
@@ -174,8 +202,8 @@ def as_price_frame(
     prices = _price_columns(frame, where)
     if "volume" in prices:
         prices["volume"] = prices.volume.replace(np.inf, np.nan)
-    used = {*COLUMNS, "adj close", *(("price", "last") if "close" not in map(_column_name, frame.columns) else ())}
-    others = [column for column in frame.columns if _column_name(column) not in used]
+    used = {*COLUMNS, "adj close", _close_of(map(column_name, frame.columns))}
+    others = [column for column in frame.columns if column_name(column) not in used]
     return pd.concat([prices, frame[others]], axis=1)
 
 # %% ../../nbs/data/13_frames.ipynb #2c3d0d07

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/data/14_tables.ipynb #3d4e0e04
 import codecs
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .calendars import find_calendar
 from .dates import Stamps, bar_instants, check_spacing, read_stamps, session_dates
-from .frames import COLUMNS, standard_columns
+from .frames import COLUMNS, DATE_NAMES, column_name, standard_columns
 from .request import BadPrices, InvalidRequest, is_intraday
 
 # %% ../../nbs/data/14_tables.ipynb #29e4d6ad
@@ -33,38 +35,73 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 # %% ../../nbs/data/14_tables.ipynb #b17e0002
-def _thousands_by_comma(raw: pd.DataFrame) -> bool:
-    "Whether any cell has a comma before three digits and another mark, as 4,745.20 and 3,743,050 have."
-    text = raw.select_dtypes(exclude="number").astype(str)
-    return bool(text.apply(lambda cells: cells.str.fullmatch(r"-?\d{1,3}(,\d{3})+[.,]\d+").any()).any())
+_BY_POINT = r"-?\d{1,3}(?:,\d{3})+[.,]\d+|-?\d+\.(?:\d{1,2}|\d{4,})"  # 4,745.20 and 3,743,050 and 12.5
+_BY_COMMA = r"-?\d{1,3}(?:\.\d{3})+,\d+|-?\d+,(?:\d{1,2}|\d{4,})"  # 4.745,20 and 12,5
+
+
+def _shows(raw: pd.DataFrame, pattern: str) -> bool:
+    "Whether any price or volume that was read as text is written so."
+    prices = {*COLUMNS, "adj close", "price", "last", "settle"}
+    columns = [raw.iloc[:, at] for at, name in enumerate(raw.columns) if column_name(name) in prices]
+    text = [one.dropna().astype(str).str.strip(" $€£¥₹") for one in columns if not pd.api.types.is_numeric_dtype(one)]
+    return any(bool(one.str.fullmatch(pattern).any()) for one in text)
+
+# %% ../../nbs/data/14_tables.ipynb #a4bd1660
+def _without_points(raw: pd.DataFrame) -> pd.DataFrame:
+    "A table with decimal commas, in which all points are before three digits, without the points."
+    commas = _shows(raw, _BY_COMMA) or any(
+        column_name(name) in COLUMNS[:4] and pd.api.types.is_float_dtype(raw[name]) and (raw[name] % 1 != 0).any()
+        for name in raw.columns[~raw.columns.duplicated(keep=False)]
+    )
+    for name in raw.columns if commas and raw.columns.is_unique else ():
+        if column_name(name) in COLUMNS and not pd.api.types.is_numeric_dtype(raw[name]):
+            text = raw[name].dropna().astype(str).str.strip()
+            if text.str.fullmatch(r"\d{1,3}(?:\.\d{3})*").all():
+                raw = raw.assign(**{name: raw[name].str.replace(".", "", regex=False)})
+    return raw
 
 # %% ../../nbs/data/14_tables.ipynb #78dd9951
 _CLOSE = re.compile(r"(?:^|[,;\t|<\"' ])(?:adj\.? )?(?:close|price|last|px_last)(?:$|[,;\t|>\"'*/\s])", re.IGNORECASE)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    "The table of a CSV file, whatever separates its fields."
-    encoding = _encoding(path)
+_NUMBER = re.compile(r'\s*"?[-+]?\d[-\d.,:/ TZ]*"?\s*')
+
+
+def _header(path: Path, encoding: str) -> tuple[int, str]:
+    "The line of the header, and what separates fields. `ValueError` for a line with more numbers than names."
     with open(path, encoding=encoding) as file:
         lines = [line for _, line in zip(range(40), file)]
     widths = [max(map(line.count, ",;\t|")) if _CLOSE.search(line) else 0 for line in lines]
     header = int(np.argmax(widths)) if lines else 0
     separator = max(",;\t|", key=lines[header].count) if lines else ","
-    decimal = "," if separator == ";" else "."  # a semicolon leaves the comma to the decimals
+    fields = lines[header].rstrip("\r\n").split(separator) if lines else []
+    if len(fields) > 1 and sum(map(bool, map(_NUMBER.fullmatch, fields))) > len(fields) / 2:
+        raise ValueError(f"it has no header: write a header such as {','.join(['date', *COLUMNS])} above {fields[:8]}")
+    return header, separator
+
+# %% ../../nbs/data/14_tables.ipynb #153cb3f1
+def _read_csv(path: Path) -> pd.DataFrame:
+    "The table of a CSV file, whatever separates its fields."
+    encoding = _encoding(path)
+    header, separator = _header(path, encoding)
+    decimal = "," if separator == ";" else "."
     form: dict[str, Any] = dict(sep=separator, encoding=encoding, skiprows=header, decimal=decimal)
     raw = pd.read_csv(path, skipinitialspace=True, **form)
-    if decimal == "," and _thousands_by_comma(raw):
-        form["decimal"] = "."
+    if _shows(raw, _BY_POINT if decimal == "," else _BY_COMMA):
+        form["decimal"] = "." if decimal == "," else ","
         raw = pd.read_csv(path, skipinitialspace=True, **form)
-    if not isinstance(raw.index, pd.RangeIndex) and raw.iloc[:, -1].isna().all():
-        return pd.read_csv(path, skipinitialspace=True, index_col=False, **form)  # rows end in a separator
-    if isinstance(raw.index, pd.MultiIndex):
-        raise ValueError("its first rows have more fields than its header: look at their quotes")
-    if len(raw) and str(raw.columns[0]) == "Price" and str(raw.iloc[0, 0]) == "Ticker":
-        return pd.read_csv(path, header=[0, 1], index_col=0, **form).rename_axis("date")
-    return raw
+    if not isinstance(raw.index, pd.RangeIndex):
+        if raw.iloc[:, -1].isna().all():
+            return pd.read_csv(path, skipinitialspace=True, index_col=False, **form)  # rows end in a separator
+        if isinstance(raw.index, pd.MultiIndex) or any(column_name(name) in DATE_NAMES for name in raw):
+            raise ValueError("its first rows have more fields than its header: look at their quotes")
+    above = form | {"skiprows": header - 1} if str(raw.columns[0]) == "Price" and header else form
+    if len(raw) and str(raw.columns[0]) == "Price" and str(raw.iloc[0, 0]) in ("Ticker", "Date", "Datetime"):
+        return pd.read_csv(path, header=[0, 1], index_col=0, **above).rename_axis("date")
+    raw = _without_points(raw) if form["decimal"] == "," else raw
+    return raw.dropna(how="all") if raw.isna().all(axis=1).any() else raw
 
-
+# %% ../../nbs/data/14_tables.ipynb #cb0c4492
 def _read_table(path: Path) -> pd.DataFrame:
     "The table of a .csv or .parquet file. `InvalidRequest` where there is none, `BadPrices` where it cannot be read."
     if not path.is_file():
@@ -78,60 +115,77 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise BadPrices(f"{path.name} cannot be read as {path.suffix[1:]}: {reason}") from None
 
 # %% ../../nbs/data/14_tables.ipynb #d6cd87dc
-_DATES = ("date", "datetime", "timestamp", "time", "day", "local time", "gmt time", "ds")
+def _date_at(raw: pd.DataFrame, plain: list[str], intraday: bool) -> int:
+    "The place of the column of dates."
+    named = [plain.index(name) for name in DATE_NAMES if name in plain]
+    for at in named if intraday else ():
+        column = raw.iloc[:, at]
+        if pd.api.types.is_numeric_dtype(column.dtype) and column.min() > 2e8:  # 20201231 is a day
+            return at
+    return named[0] if named else 0
 
 
-def _plain(name: object) -> str:
-    "A column's name in lower case, without angle brackets."
-    return re.sub("[<>]", "", str(name)).strip().lower()
+def _clock(times: pd.Series) -> pd.Series:
+    "Times of day as text; the number 93000 is 09:30:00, and 930 is 09:30 where no number has seconds."
+    if not pd.api.types.is_numeric_dtype(times.dtype) or times.isna().any():
+        return times.astype(str).mask(times.isna(), "")
+    digits = (times * 100 if times.max() <= 2400 else times).astype("int64").astype(str).str.zfill(6)
+    return digits.str.replace(r"(..)(..)(..)", r"\1:\2:\3", regex=True)
 
-
-def _date_column(raw: pd.DataFrame, where: str) -> tuple[pd.Series, pd.DataFrame]:
+# %% ../../nbs/data/14_tables.ipynb #2c93f824
+def _date_column(raw: pd.DataFrame, where: str, intraday: bool) -> tuple[pd.Series, pd.DataFrame]:
     "The column of dates, with the time of day where that is another column, and the rest of the table."
     wide = isinstance(raw.columns, pd.MultiIndex)
     if not wide and any(name is not None for name in raw.index.names):
         raw = raw.reset_index(drop=bool(set(raw.index.names) & set(raw.columns)))
-    has_dates = any(_plain(column) in _DATES for column in raw.columns)
+    has_dates = not wide and any(column_name(column) in DATE_NAMES for column in raw.columns)
     in_index = not has_dates and not pd.api.types.is_numeric_dtype(raw.index.dtype)
     if in_index or isinstance(raw.index, pd.DatetimeIndex) or wide:
         return raw.index.to_series(), raw
     if raw.shape[1] < 2:
         raise BadPrices(f"{where} needs a date column and a close column; it has {list(raw.columns)}")
-    plain = [_plain(column) for column in raw.columns]
-    named = [plain.index(name) for name in _DATES if name in plain]
-    at = named[0] if named else 0
+    plain = [column_name(column) for column in raw.columns]
+    at = _date_at(raw, plain, intraday)
     dates, used = raw.iloc[:, at], [at]
     if plain[at] == "date" and "time" in plain:
-        times = raw.iloc[:, plain.index("time")]
-        if pd.api.types.is_numeric_dtype(times.dtype):  # 93000 is 09:30:00
-            times = times.astype("int64").astype(str).str.zfill(6).str.replace(r"(..)(..)(..)", r"\1:\2:\3", regex=True)
-        dates, used = dates.astype(str) + " " + times.astype(str), [at, plain.index("time")]
+        times = _clock(raw.iloc[:, plain.index("time")])
+        dates, used = dates.astype(str) + " " + times, [at, plain.index("time")]
     return dates, raw.drop(columns=raw.columns[used])
 
 # %% ../../nbs/data/14_tables.ipynb #4fb9a044
-_SYMBOLS = "symbol ticker name code instrument stock asset sym security tic unique_id act_symbol".split()
+_SYMBOLS = "symbol|ticker|name|code|instrument|stock|asset|sym|security|tic|unique id|act symbol|ts code".split("|")
+
+
+def _mine(symbols: pd.Series, ticker: str) -> pd.Series:
+    "Which symbols are the ticker, or, where none is, the ticker without the ending of its exchange."
+    names, stem = symbols.astype(str).str.strip().str.upper(), ticker.upper().rpartition(".")[0]
+    exact = names == ticker.upper()
+    return exact if exact.any() or not stem or find_calendar(ticker) is None else names == stem
 
 
 def _rows_of(raw: pd.DataFrame, dates: pd.Series, ticker: str, where: str) -> pd.Series:
     "Which rows are of the ticker. `BadPrices` names the column of symbols where none or several could be meant."
     everything = pd.Series(True, raw.index)
-    texts = [c for c in raw.columns if not pd.api.types.is_numeric_dtype(raw[c].dtype) and _plain(c) not in COLUMNS]
-    named = [column for column in texts if _plain(column) in _SYMBOLS]
+    unique = raw.columns[~raw.columns.duplicated(keep=False)]
+    named = [column for column in unique if column_name(column) in _SYMBOLS]
     if dates.duplicated().any():
-        repeated = dates.astype(str)
-        named += [c for c in texts if c not in named and not (repeated + "|" + raw[c].astype(str)).duplicated().any()]
+        repeated, aside = dates.astype(str), {*COLUMNS, "adj close", *_SYMBOLS}
+        texts = [c for c in unique if column_name(c) not in aside and not pd.api.types.is_numeric_dtype(raw[c].dtype)]
+        words = [c for c in texts if raw[c].astype(str).str.contains("[A-Za-z]").all()]
+        named += [c for c in words if not (repeated + "|" + raw[c].astype(str)).duplicated().any()]
     for column in named:
         symbols = raw[column].dropna().astype(str).str.strip()
         if symbols.nunique() < 2:
             continue
-        mine = raw[column].astype(str).str.strip().str.upper() == ticker.upper()
+        mine = _mine(raw[column], ticker)
         if mine.any():
             return mine
-        if dates.duplicated().any():
-            listed = ", ".join(symbols.unique()[:5])
+        roots = os.path.commonprefix(symbols.unique().tolist())
+        if dates.duplicated().any() or len(roots) < 2:  # ESH20 and ESM20, one after the other, are one future
+            listed, advice = ", ".join(symbols.unique()[:5]), ", or leave the column out"
             raise BadPrices(
                 f"{where} holds {symbols.nunique()} symbols in the column {column!r} ({listed}), and {ticker} is not "
-                "one of them: ask for one as the ticker"
+                f"one of them: ask for one as the ticker{'' if dates.duplicated().any() else advice}"
             )
     return everything
 
@@ -139,12 +193,14 @@ def _rows_of(raw: pd.DataFrame, dates: pd.Series, ticker: str, where: str) -> pd
 def read_price_file(path: Path, interval: str, ticker: str = "", date_format: str | None = None) -> pd.DataFrame:
     "The five columns of a .csv or .parquet file, unchecked. `BadPrices` or `InvalidRequest` names what cannot be used."
     raw, where = _read_table(path), path.name
-    dates, table = _date_column(raw, where)
+    dates, table = _date_column(raw, where, is_intraday(interval))
     if not isinstance(table.columns, pd.MultiIndex):
         rows = _rows_of(table, dates, ticker, where).to_numpy()
         dates, table = dates[rows], table[rows]
     frame = standard_columns(table, where, ticker)
     stamps = read_stamps(dates, where, date_format)
+    if stamps.offset is None and re.search(r"\b(?:gmt|utc)\b", str(dates.name).lower()):
+        stamps = stamps._replace(offset=np.zeros(len(dates), int))  # "Gmt time"
     index = bar_instants(stamps, where) if is_intraday(interval) else session_dates(stamps, where)
     check_spacing(index if is_intraday(interval) else _times(stamps, index), interval, where)
     return frame.set_axis(index.rename("date"))
