@@ -232,6 +232,11 @@ NOT_PRICES = {
     "words": (lambda f: f.assign(close="high"), "'high'"),
     "no dates": (lambda f: f.reset_index(drop=True), "no dates"),
     "crossed": (lambda f: f.assign(high=f.low * 0.9), "is below low"),
+    "several symbols": (
+        lambda f: pd.concat([f.assign(symbol="SPY"), f.assign(symbol="DIA")]),
+        "column 'symbol' .SPY, DIA.: give",
+    ),
+    "in no order": (lambda f: f.sample(frac=1, random_state=0), "increasing, unique dates: sort it"),
 }
 
 

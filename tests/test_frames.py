@@ -81,6 +81,11 @@ KINDS = {
     "ds": TRUTH.rename_axis("ds").reset_index(),
     "seconds": TRUTH.reset_index().assign(date=DAYS.as_unit("s").asi8),
     "polars": Polars(TRUTH),
+    "symbols in the index": pd.concat({"SPY": TRUTH}, names=["symbol", "date"]),
+    "two symbols in the index": pd.concat({"QQQ": TRUTH * 2, "SPY": TRUTH}).swaplevel().sort_index(),
+    "adjusted": (TRUTH * 2).assign(**{"Adj Close": TRUTH.close}),
+    "adjusted, all in lower case": (TRUTH * 2).assign(adj_close=TRUTH.close),
+    "time of day beside the date": TRUTH.assign(Date=DAYS.strftime("%Y.%m.%d"), Time="00:00").reset_index(drop=True),
     "nullable": TRUTH.convert_dtypes(),
 }
 
@@ -97,6 +102,20 @@ def test_a_frame_in_shape_is_not_copied():
 def test_other_columns_stay():
     got = as_price_frame(TRUTH.rename(columns=str.title).assign(vix=[13, 14, 15, 16, 17], Note="x"))
     assert list(got.columns) == ["open", "close", "vix", "Note"] and got.vix.dtype.kind == "i"
+
+
+def test_a_column_named_vol_beside_others_in_shape_stays():
+    "Volatility, say: only where prices have to be brought in shape is it a volume."
+    given = TRUTH.assign(vol=0.2)
+    assert as_price_frame(given) is given
+
+
+def test_hours_of_two_columns_are_hours():
+    hours = pd.date_range("2024-01-02 09:00", periods=5, freq="h")
+    given = TRUTH.assign(Date=hours.strftime("%Y%m%d").astype(int), Time=hours.strftime("%H%M").astype(int))
+    assert list(as_price_frame(given.reset_index(drop=True)).index) == list(hours)
+    given = given.assign(Time=hours.strftime("%H%M%S").astype(int))
+    assert list(as_price_frame(given.reset_index(drop=True)).index) == list(hours)
 
 
 def test_a_series_is_a_close():
@@ -119,6 +138,7 @@ def test_an_unreadable_volume_is_unknown():
             "my series has a price that is not a number: 'x' in row 3 of 'close'",
         ),
         (of_yfinance(["QQQ", "DIA"]), r"columns of 2 symbols \(QQQ, DIA\)"),
+        (pd.concat({"QQQ": TRUTH, "DIA": TRUTH}), r"rows of 2 symbols \(QQQ, DIA\): give \{name: frame\} of each"),
         (TRUTH.set_axis([0, 1, 2, 3, 4]), "has no dates"),
         (TRUTH.reset_index().assign(date=range(5)), "numbers from 0 to 4 are no dates"),
     ],

@@ -170,21 +170,44 @@ def _as_frame(data: Any, where: str) -> pd.DataFrame:
     return data
 
 
-def _date_index(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+def _rows_of_one(frame: pd.DataFrame, where: str, ticker: str | None) -> pd.DataFrame:
+    "A frame whose index has dates and symbols, of one symbol. `BadPrices` where several could be meant."
+    levels = [frame.index.get_level_values(level) for level in range(frame.index.nlevels)]
+    at = next((n for n, one in enumerate(levels) if isinstance(one, pd.DatetimeIndex)), frame.index.nlevels - 1)
+    names = pd.Index(list(zip(*(one.astype(str) for n, one in enumerate(levels) if n != at)))).map(" ".join)
+    mine = names.str.upper() == str(ticker).upper()
+    if names.nunique() > 1 and not mine.any():
+        listed = ", ".join(names.unique()[:5])
+        raise BadPrices(f"{where} has the rows of {names.nunique()} symbols ({listed}): give {{name: frame}} of each")
+    return frame.set_axis(levels[at])[mine if mine.any() else slice(None)]
+
+
+def _date_index(frame: pd.DataFrame, where: str, ticker: str | None = None) -> pd.DataFrame:
     "The frame under a DatetimeIndex, from its index or its date column."
+    frame = frame if frame.index.nlevels == 1 else _rows_of_one(frame, where, ticker)
     if isinstance(frame.index, pd.DatetimeIndex):
         return frame
     named = next((column for column in frame.columns if column_name(column) in DATE_NAMES), None)
     if named is None and pd.api.types.is_numeric_dtype(frame.index.dtype):
         has = list(frame.columns)
         raise BadPrices(f"{where} has no dates: give it a DatetimeIndex, or a column 'date' beside {has}")
-    values = frame.index.to_series() if named is None else frame[named]
+    values, used = (frame.index.to_series(), []) if named is None else (frame[named], [named])
+    clock = next((column for column in frame.columns if column_name(column) == "time"), named)
+    if named is not None and column_name(named) == "date" and clock != named:
+        values, used = values.astype(str) + " " + clock_text(frame[clock]), [named, clock]
     stamps = read_stamps(values, where)
     index = stamps.wall
     if stamps.offset is not None and (index != index.normalize()).any():
         index = (index - pd.to_timedelta(stamps.offset, unit="min")).tz_localize("UTC")
-    rest = frame if named is None else frame.drop(columns=named)
-    return rest.set_axis(index.rename("date"))
+    return frame.drop(columns=used).set_axis(index.rename("date"))
+
+# %% ../../nbs/data/13_frames.ipynb #88d673ef
+def clock_text(times: pd.Series) -> pd.Series:
+    "Times of day as text; the number 93000 is 09:30:00, and 930 is 09:30 where no number has seconds."
+    if not pd.api.types.is_numeric_dtype(times.dtype) or times.isna().any():
+        return times.astype(str).mask(times.isna(), "")
+    digits = (times * 100 if times.max() <= 2400 else times).astype("int64").astype(str).str.zfill(6)
+    return digits.str.replace(r"(..)(..)(..)", r"\1:\2:\3", regex=True)
 
 # %% ../../nbs/data/13_frames.ipynb #abaf96fa
 def as_price_frame(
@@ -196,9 +219,10 @@ def as_price_frame(
     frame = _as_frame(data, where)
     dated = isinstance(frame.index, pd.DatetimeIndex)
     plain = [name for name in frame.columns if name in COLUMNS]
-    if dated and "close" in plain and all(frame[name].dtype == np.float64 for name in plain) and "Close" not in frame:
+    adjust = "Close" in frame or any(column_name(name) == "adj close" for name in frame.columns)
+    if dated and not adjust and "close" in plain and all(frame[name].dtype == np.float64 for name in plain):
         return frame
-    frame = _date_index(_one_symbol(frame, where, ticker), where)
+    frame = _date_index(_one_symbol(frame, where, ticker), where, ticker)
     prices = _price_columns(frame, where)
     if "volume" in prices:
         prices["volume"] = prices.volume.replace(np.inf, np.nan)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .calendars import find_calendar
 from .dates import Stamps, bar_instants, check_spacing, read_stamps, session_dates
-from .frames import COLUMNS, DATE_NAMES, column_name, standard_columns
+from .frames import COLUMNS, DATE_NAMES, clock_text, column_name, standard_columns
 from .request import BadPrices, InvalidRequest, is_intraday
 
 # %% ../../nbs/data/14_tables.ipynb #29e4d6ad
@@ -43,7 +43,8 @@ def _shows(raw: pd.DataFrame, pattern: str) -> bool:
     "Whether any price or volume that was read as text is written so."
     prices = {*COLUMNS, "adj close", "price", "last", "settle"}
     columns = [raw.iloc[:, at] for at, name in enumerate(raw.columns) if column_name(name) in prices]
-    text = [one.dropna().astype(str).str.strip(" $€£¥₹") for one in columns if not pd.api.types.is_numeric_dtype(one)]
+    words = [one.dropna().astype(str) for one in columns if not pd.api.types.is_numeric_dtype(one.dtype)]
+    text = [one.str.strip(" $€£¥₹") for one in words]
     return any(bool(one.str.fullmatch(pattern).any()) for one in text)
 
 # %% ../../nbs/data/14_tables.ipynb #a4bd1660
@@ -124,14 +125,6 @@ def _date_at(raw: pd.DataFrame, plain: list[str], intraday: bool) -> int:
             return at
     return named[0] if named else 0
 
-
-def _clock(times: pd.Series) -> pd.Series:
-    "Times of day as text; the number 93000 is 09:30:00, and 930 is 09:30 where no number has seconds."
-    if not pd.api.types.is_numeric_dtype(times.dtype) or times.isna().any():
-        return times.astype(str).mask(times.isna(), "")
-    digits = (times * 100 if times.max() <= 2400 else times).astype("int64").astype(str).str.zfill(6)
-    return digits.str.replace(r"(..)(..)(..)", r"\1:\2:\3", regex=True)
-
 # %% ../../nbs/data/14_tables.ipynb #2c93f824
 def _date_column(raw: pd.DataFrame, where: str, intraday: bool) -> tuple[pd.Series, pd.DataFrame]:
     "The column of dates, with the time of day where that is another column, and the rest of the table."
@@ -148,7 +141,7 @@ def _date_column(raw: pd.DataFrame, where: str, intraday: bool) -> tuple[pd.Seri
     at = _date_at(raw, plain, intraday)
     dates, used = raw.iloc[:, at], [at]
     if plain[at] == "date" and "time" in plain:
-        times = _clock(raw.iloc[:, plain.index("time")])
+        times = clock_text(raw.iloc[:, plain.index("time")])
         dates, used = dates.astype(str) + " " + times, [at, plain.index("time")]
     return dates, raw.drop(columns=raw.columns[used])
 

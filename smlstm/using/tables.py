@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRICES', 'UNNAMED', 'MAX_GAP', 'Table', 'used_columns', 'check_exogenous', 'bars_there', 'on_all_sessions',
            'marked_names', 'build_table', 'SeriesError', 'series_errors', 'is_long', 'named_frames', 'exchange_of',
-           'span_days', 'check_gaps', 'check_ranges', 'is_daily', 'checked_frame', 'price_tables', 'numeric_targets',
-           'Scaled', 'scale_table', 'to_units']
+           'span_days', 'check_gaps', 'check_ranges', 'is_daily', 'check_one_series', 'checked_frame', 'price_tables',
+           'numeric_targets', 'Scaled', 'scale_table', 'to_units']
 
 # %% ../../nbs/using/43_tables.ipynb #d43f81ae
 from collections.abc import Iterator, Mapping, Sequence
@@ -256,9 +256,11 @@ MAX_GAP = 15.0  # days
 
 
 def check_gaps(index: pd.DatetimeIndex, max_gap: float = MAX_GAP) -> None:
-    "`ValueError` for two neighbouring bars further apart than `max_gap` days and seven usual steps."
+    "`ValueError` for bars in no order, or two neighbours further apart than `max_gap` days and seven usual steps."
     if len(index) < 2:
         return
+    if not index.is_monotonic_increasing:
+        raise ValueError("a price frame needs increasing, unique dates: sort it")
     steps = index[1:] - index[:-1]
     longest = steps.argmax()
     if span_days(steps[longest]) > max(max_gap, 7 * span_days(steps.to_series().median())):
@@ -283,6 +285,17 @@ def is_daily(index: pd.DatetimeIndex) -> bool:
     return bool((index == index.normalize()).all())
 
 
+def check_one_series(frame: pd.DataFrame) -> None:
+    "`ValueError` for several rows of a bar, one for each of several names in a column of text."
+    if not frame.index.has_duplicates:
+        return
+    texts = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name].dtype) and name not in PRICES]
+    several = next((name for name in texts if 1 < frame[name].nunique() <= len(frame) / 2), None)
+    if several is not None:
+        listed = ", ".join(frame[several].astype(str).unique()[:5])
+        raise ValueError(f"it holds several series, by its column {several!r} ({listed}): give {{name: frame}} of each")
+
+
 def checked_frame(frame: pd.DataFrame, max_gap: float = MAX_GAP, daily: bool | None = None) -> pd.DataFrame:
     """The frame, daily bars without a time zone; `daily` None is judged by the bars.
 
@@ -293,6 +306,7 @@ def checked_frame(frame: pd.DataFrame, max_gap: float = MAX_GAP, daily: bool | N
         raise ValueError(f"its index is a {type(index).__name__}: a DatetimeIndex is needed")
     if index.tz is not None and is_daily(index) and daily is not False:
         frame = frame.tz_localize(None)
+    check_one_series(frame)
     check_gaps(frame.index, max_gap)
     check_ranges(frame)
     return frame
