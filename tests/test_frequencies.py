@@ -12,7 +12,7 @@ from statsmodels.api import OLS, add_constant
 from yahoo_server import hourly
 
 import smlstm
-from smlstm.data.calendars import exchange_calendar
+from smlstm.data.calendars import exchange_calendar, find_calendar
 from smlstm.data.features import FEATURES, SETTLED, feature_table, latest_features, prepare_data, variance_proxy
 from smlstm.data.frames import standard_columns
 from smlstm.data.frequencies import FREQUENCIES, frequency_of
@@ -289,6 +289,46 @@ def test_a_gap_is_refused_and_max_gap_allows_it(tmp_path):
     job = start_job(written(tmp_path, frame[~holiday]))
     assert len(make_tables(job)["ABC"].features)
     job.lock.release(force=True)
+
+
+HOLIDAYS = {  # the last session before the longest closing of those years, and the first after it
+    "600519.SS": ("2023-09-28", "2023-10-09"),
+    "7203.T": ("2019-04-26", "2019-05-07"),
+    "2330.TW": ("2020-01-20", "2020-01-30"),
+    "BBCA.JK": ("2018-06-08", "2018-06-20"),
+    "THYAO.IS": ("2003-11-20", "2003-12-01"),
+    "005930.KS": ("2017-09-29", "2017-10-10"),
+}
+
+
+def of_exchange(symbol, last):
+    "Made-up bars on an exchange's sessions of ten years, up to a day."
+    sessions = exchange_calendar(find_calendar(symbol), 1995).sessions
+    days = sessions[(sessions >= pd.Timestamp(last) - pd.DateOffset(years=10)) & (sessions <= last)]
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(1).normal(0, 0.01, len(days))))
+    return pd.DataFrame(dict(open=close, high=close * 1.01, low=close * 0.99, close=close, volume=1e6), days)
+
+
+@pytest.mark.parametrize("symbol", HOLIDAYS)
+def test_long_holidays_are_no_gaps_in_a_run(tmp_path, symbol):
+    "Weeks without a session pass in a file and in the main flow, with the parameters that nobody set."
+    from smlstm.using.run import make_tables, start_job
+
+    frame = of_exchange(symbol, pd.Timestamp(HOLIDAYS[symbol][1]) + pd.Timedelta(days=30))
+    assert pd.Timestamp(HOLIDAYS[symbol][0]) == frame.index[frame.index < HOLIDAYS[symbol][1]][-1]
+    job = start_job(written(tmp_path, frame) | dict(ticker=symbol))
+    assert job.parameters["max_gap"] == 15 and len(make_tables(job)[symbol].features) == len(frame) - 250
+    job.lock.release(force=True)
+
+
+@pytest.mark.parametrize("symbol", ["600519.SS"])
+def test_a_run_before_a_long_holiday_names_the_day_after_it(tmp_path, symbol):
+    "And the bar of that day follows in the stream."
+    last, first = HOLIDAYS[symbol]
+    frame = of_exchange(symbol, first)
+    result = smlstm.run(written(tmp_path, frame.iloc[:-1]) | dict(ticker=symbol) | SMALL)
+    assert frame.index[-2] == pd.Timestamp(last) and result.tomorrow[symbol].target_date == pd.Timestamp(first)
+    assert smlstm.Forecaster.load(result.folder).update(frame.iloc[-1:]).date[0] == pd.Timestamp(first)
 
 
 def test_fetched_prices_are_kept_where_cache_dir_names(yahoo, tmp_path):
