@@ -188,6 +188,10 @@ def test_bars_a_year_of_a_pattern():
     [
         ("0700.HK", "XHKG"),
         ("^N225", "XTKS"),
+        ("^TASI.SR", "XSAU"),
+        ("^SET.BK", "XBKK"),
+        ("^STOXX50E", "XPAR"),
+        ("^TNX", None),
         ("btc-usd", "24/7"),
         ("BRK-B", None),
         ("RDS-A", None),
@@ -275,3 +279,43 @@ def test_a_calendar_that_cannot_be_built_leaves_the_weekdays(monkeypatch, caplog
         bars_per_year("1h", "XTAE")
     with pytest.raises(InvalidRequest, match="no calendar for the exchange 'NOSUCH'"):
         next_session(index, "NOSUCH")
+
+
+@pytest.mark.parametrize("step", ["1h", "30min", "15min"])
+@pytest.mark.parametrize("exchange", ["XSAU", "XNZE", "XETR", "XLON", "XASX", "XBOM", "XKRX", "XSTU", "BVMF", "XNYS"])
+def test_bars_of_minutes_are_an_exchange_s_by_name_and_never_around_the_clock(exchange, step):
+    "Riyadh trades on Sundays and Wellington while it is Sunday in New York; a quarter of an hour has few gaps."
+    index = hours(exchange, "2023-01-02", "2024-12-30", step)
+    pattern, alone = bar_pattern(index[:-40], exchange), bar_pattern(index[:-40])
+    assert pattern.exchange == exchange and alone.exchange == (exchange if exchange == "XNYS" else None)
+    assert [next_bar(index[-41], pattern, n) for n in (1, 39)] == [index[-40], index[-2]]
+    assert exchange == "XNYS" or next_bar(index[-41], alone) is pd.NaT
+    for one in (pattern, alone):
+        assert bars_per_year(one) == pytest.approx(len(index) / 2, rel=0.02)
+
+
+def week_of_currencies(step, first="2024-01-07", last="2024-06-26", pause=0):
+    "Bars from Sunday to Friday, 17:00 in New York, with a pause of so many minutes every day from then on."
+    index = pd.date_range(first, last, freq=step, tz="UTC")
+    local = index.tz_convert("America/New_York")
+    minutes = local.day_of_week * 1440 + local.hour * 60 + local.minute
+    paused = (minutes % 1440 >= 17 * 60) & (minutes % 1440 < 17 * 60 + pause)
+    return index[((minutes < 4 * 1440 + 17 * 60) | (minutes >= 6 * 1440 + 17 * 60)) & ~paused]
+
+
+@pytest.mark.parametrize("step", ["1h", "15min", "5min"])
+def test_currencies_around_the_clock_and_futures_with_a_pause(step):
+    "On a Wednesday, when two days of bars have no gap; some bars of currencies are missing, where nobody traded."
+    a_year = pd.Timedelta(days=365.25) / pd.Timedelta(step)
+    currencies = week_of_currencies(step)
+    lost = np.random.default_rng(0).random(len(currencies)) < 0.01
+    for index in (currencies, currencies[~lost].union(currencies[-1:])):
+        assert bar_pattern(index).exchange == "24/5"
+        assert bars_per_year(bar_pattern(index)) == pytest.approx(a_year * 5 / 7, rel=0.01)
+    around = pd.date_range("2024-01-07", "2024-06-26", freq=step, tz="UTC")
+    assert bar_pattern(around).exchange == "24/7" and bars_per_year(bar_pattern(around)) == pytest.approx(
+        a_year, rel=0.01
+    )
+    future = week_of_currencies(step, pause=60)
+    for exchange in (None, "CMES"):
+        assert bars_per_year(bar_pattern(future, exchange)) == pytest.approx(a_year * 5 / 7 * 23 / 24, rel=0.02)

@@ -21,7 +21,7 @@ class CalendarUnavailable(InvalidRequest):
     "The exchange is known, but the installed version of exchange_calendars cannot build its calendar."
 
 
-_UNAVAILABLE = "the installed exchange_calendars cannot build the calendar of {}: update it, or pass no exchange"
+_UNAVAILABLE = "the installed exchange_calendars cannot build the calendar of {}: update it, or pass a like one"
 
 
 @functools.lru_cache(maxsize=32)
@@ -84,7 +84,7 @@ def sessions_after(exchange: str, last: pd.Timestamp, n: int) -> pd.DatetimeInde
 # %% ../../nbs/data/12_calendars.ipynb #bc562cf2
 _SUFFIXES = {
     "XAMS": "AS", "ASEX": "AT", "XASX": "AX XA", "XBUE": "BA", "XBUD": "BD", "XBKK": "BK", "XBOM": "BO NS",
-    "XBRU": "BR", "XBOG": "CL", "XCSE": "CO", "XETR": "DE", "XDUS": "DU", "XFRA": "F BE MU", "XHAM": "HM",
+    "XBRU": "BR", "XBOG": "CL", "XCSE": "CO", "XETR": "DE", "XDUS": "DU", "XFRA": "F BE MU", "XHAM": "HA HM",
     "XHEL": "HE", "XHKG": "HK", "XICE": "IC", "XDUB": "IR", "XIST": "IS", "XIDX": "JK", "XJSE": "JO",
     "XKAR": "KA", "XKLS": "KL", "XKRX": "KQ KS", "XLON": "L IL XC", "XLIS": "LS", "XMAD": "MC", "XMOS": "ME",
     "XMIL": "MI XD", "XMEX": "MX", "XNZE": "NZ", "XOSL": "OL", "XPAR": "PA NX", "XPRA": "PR", "XPHS": "PS",
@@ -93,11 +93,12 @@ _SUFFIXES = {
     "XTAI": "TW TWO", "XWBO": "VI", "XLIT": "VS", "XWAR": "WA",
 }  # fmt: skip
 _INDICES = {
-    "XAMS": "AEX", "XASX": "AORD AXJO", "XBOM": "BSESN NSEBANK NSEI", "BVMF": "BVSP",
+    "XAMS": "AEX", "XASX": "AORD AXJO", "XBOM": "BSESN NSEBANK NSEI", "BVMF": "BVSP", "XBRU": "BFX", "XBUE": "MERV",
+    "XCSE": "OMXC25", "XDUB": "ISEQ", "XOSL": "OSEAX", "XSGO": "IPSA",
     "XETR": "GDAXI MDAXI TECDAX", "XHEL": "OMXH25", "XHKG": "HSCE HSI", "XIDX": "JKSE", "XJSE": "J203",
     "XKLS": "KLSE", "XKRX": "KOSPI KQ11 KS11", "XLON": "FTMC FTSE", "XMAD": "IBEX", "XMEX": "MXX",
-    "XNZE": "NZ50", "XPAR": "FCHI", "XSES": "STI", "XSHG": "SSEC", "XSTO": "OMX OMXS30", "XSWX": "SSMI",
-    "XTAE": "TA125", "XTAI": "TWII", "XTKS": "N225 TOPX", "XTSE": "GSPTSE", "XWBO": "ATX",
+    "XNZE": "NZ50", "XPAR": "FCHI N100 STOXX STOXX50E", "XSES": "STI", "XSHG": "SSEC", "XSTO": "OMX OMXS30",
+    "XSWX": "SSMI", "XTAE": "TA125", "XTAI": "TWII", "XTKS": "N225 TOPX", "XTSE": "GSPTSE", "XWBO": "ATX",
     "XNYS": "DJI DJT GSPC IXIC NDX NYA OEX RUT SOX SPX VIX",
 }  # fmt: skip
 _BY_SUFFIX = {suffix: exchange for exchange, text in _SUFFIXES.items() for suffix in text.split()}
@@ -110,7 +111,7 @@ def find_calendar(
 ) -> str | None:  # ISO 10383 code, "24/7", or None where the symbol does not name an exchange
     "The calendar that a Yahoo symbol follows, by its ending."
     name = str(symbol).strip().upper()
-    if name.startswith("^"):
+    if name.startswith("^") and "." not in name:  # ^TASI.SR has an ending
         return _BY_INDEX.get(name[1:])
     if name.endswith("=F"):
         return "CMES"

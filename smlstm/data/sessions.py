@@ -138,16 +138,24 @@ def _session_starts(exchange: str, first: pd.Timestamp, last: pd.Timestamp, step
     return pd.DatetimeIndex(np.concatenate([s.asi8 for s in starts]) if starts else []).tz_localize("UTC").sort_values()
 
 # %% ../../nbs/data/13_sessions.ipynb #e423cad8
+def _pauses_daily(times: pd.DatetimeIndex, length: pd.Timedelta) -> bool:
+    "Whether bars stop for less than a day at one time of day, on two days of five at least."
+    steps = np.diff(times)
+    stops = times[:-1][(steps != length) & (steps < pd.Timedelta(days=1))].tz_convert(_CURRENCIES)
+    clocks = pd.Series(stops.hour * 60 + stops.minute).value_counts()
+    return bool(len(clocks) and clocks.iloc[0] > 0.4 * times.normalize().nunique())
+
+# %% ../../nbs/data/13_sessions.ipynb #9b070265
 def _intraday(times: pd.DatetimeIndex, step: int, exchange: str | None) -> BarPattern:
     "The pattern of bars of `step` seconds."
-    length = pd.Timedelta(seconds=step)
-    regular = (np.diff(times) == length).mean()
+    length, span = pd.Timedelta(seconds=step), times[-1] - times[0]
+    covered = (len(times) - 1) * length / span
+    around = BarPattern("second", step, "0", "24/7")
     if exchange == "24/7" or times.tz is None:
-        always = exchange == "24/7" or regular > 0.99
-        return BarPattern("second", step, "0", "24/7") if always else BarPattern("unknown")
+        return around if exchange == "24/7" or covered > 0.9 else BarPattern("unknown")
     at_weekends = _closed_for_currencies(times).any()
-    if at_weekends and regular > 0.95:
-        return BarPattern("second", step, "0", "24/7")
+    if exchange is None and at_weekends and covered > 0.9:
+        return around
     market = exchange or "XNYS"
     first, last = times[0].tz_localize(None).normalize(), times[-1].tz_localize(None).normalize()
     calendar = exchange_calendar(market, first.year)
@@ -158,7 +166,10 @@ def _intraday(times: pd.DatetimeIndex, step: int, exchange: str | None) -> BarPa
         starts = _session_starts(market, first, last + pd.Timedelta(days=1), step, offset)
         if times.isin(starts).mean() >= (_NAMED if exchange else _TRIED):
             return BarPattern("second", step, str(offset), market)
-    if exchange is None and not at_weekends and regular > 0.95:
+    if at_weekends and covered > 0.9:
+        return around
+    weekly = covered > 0.5 and span > pd.Timedelta(days=1) and not _pauses_daily(times, length)
+    if exchange is None and not at_weekends and weekly:
         return BarPattern("second", step, "0", "24/5")
     return BarPattern("unknown")
 
@@ -167,10 +178,10 @@ def bar_pattern(
     index: pd.DatetimeIndex,  # increasing dates of the bars
     exchange: str | None = None,  # ISO 10383 code or "24/7" where it is known, see `find_calendar`
 ) -> BarPattern:
-    "When the bars of a series come, by its exchange and its last 260 dates. `InvalidRequest`: no dates, unknown code."
+    "When bars come, by the exchange and the last 260 dates or two weeks. `InvalidRequest`: no dates, unknown code."
     if not isinstance(index, pd.DatetimeIndex) or not len(index):
         raise InvalidRequest("a pattern needs a DatetimeIndex with at least one date")
-    recent = index[-_RECENT:].as_unit("ns")
+    recent = index[index >= min(index[-_RECENT:][0], index[-1] - pd.Timedelta(days=14))].as_unit("ns")
     try:
         pattern = _pattern(recent, exchange)
     except CalendarUnavailable:
@@ -178,6 +189,7 @@ def bar_pattern(
         pattern = _pattern(recent, None)
     days = (index[-1] - index[0]) / pd.Timedelta(days=1)
     counted = pattern.exchange is None and (pattern.unit == "unknown" or (pattern.unit == "session" and days > 300))
+    counted |= pattern.exchange == "CMES" and pattern.unit == "second"  # its calendar lacks the hour of a pause
     return pattern._replace(per_year=float(round((len(index) - 1) / days * 365.25))) if counted else pattern
 
 
