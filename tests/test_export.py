@@ -122,6 +122,29 @@ def test_a_graph_of_somebody_else_is_refused(tmp_path):
         open_onnx(tmp_path / "relu.onnx")
 
 
+def test_what_no_file_can_hold_is_refused_before_any_work(tmp_path, monkeypatch):
+    "An ensemble, a forecaster, and a folder that is not there, which took a minute of translation to find out."
+    from smlstm.using.ensemble import SMLSTMEnsemble
+    from smlstm.using.forecaster import Forecaster
+
+    monkeypatch.setattr(torch.onnx, "export", None)
+    monkeypatch.setattr(torch.export, "export", None)
+    ensemble = SMLSTMEnsemble.__new__(SMLSTMEnsemble)
+    writers = {
+        "a.onnx": [export.export_step, lambda model, path: export.export_window(model, path, 8)],
+        "a.pt2": [export.compile_step],
+    }
+    for name, several in writers.items():
+        for write in several:
+            with pytest.raises(ExportError, match="a SMLSTMEnsemble cannot be exported.* without ensemble"):
+                write(ensemble, tmp_path / name)
+            with pytest.raises(ExportError, match="a Forecaster cannot be exported.* pass its .model"):
+                write(Forecaster(), tmp_path / name)
+            with pytest.raises(ExportError, match=rf"no folder '.*there' to write {name} to: make it first"):
+                write(made(**BARE), tmp_path / "there" / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r'onnx and onnxscript are not installed: pip install "smlstm\[onnx\]"'):

@@ -169,6 +169,14 @@ def test_a_file_is_not_an_output_folder_and_looking_leaves_nothing(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_folder_of_the_home_is_there_and_not_one_named_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    checked = check_parameters(output_dir="~/runs", cache_dir="~/kept")
+    assert checked == {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "kept")}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ParameterError, match="device='cuda'.*be there"):
         check_parameters(device="cuda")

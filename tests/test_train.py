@@ -313,6 +313,28 @@ def test_the_training_of_another_code_is_not_continued(tmp_path, monkeypatch):
     assert training_folder(asked, known) != before
 
 
+def test_training_that_nobody_continues_is_removed(tmp_path):
+    "Folders of other parameters, two weeks old, which no run holds; younger ones and other folders stay."
+    from smlstm.data.files import lock_folder
+    from smlstm.using.run import start_job
+
+    names = {"old": ".SPY.0123456789ab", "held": ".QQQ.0123456789ab", "young": ".SPY.ba9876543210"}
+    names |= {"run": "SPY", "other": ".SPY.notes"}
+    for name in names.values():
+        (tmp_path / name / "fold0").mkdir(parents=True)
+        (tmp_path / name / "fold0" / ".lock").touch()
+    for name in names.values():
+        if name != names["young"]:
+            for path in [tmp_path / name, *(tmp_path / name).rglob("*")]:
+                os.utime(path, (0, 0))
+    with lock_folder(tmp_path / names["held"] / "fold0"):
+        for path in [tmp_path / names["held"], *(tmp_path / names["held"]).rglob("*")]:
+            os.utime(path, (0, 0))
+        start_job({"output_dir": str(tmp_path), **SMALL}).lock.release(force=True)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == set(names.values()) - {names["old"]}
+
+
 @pytest.mark.slow
 def test_hourly_bars_go_all_the_way(tmp_path):
     from yahoo_server import hourly

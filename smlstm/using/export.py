@@ -132,8 +132,13 @@ def write_onnx(
     return path
 
 # %% ../../nbs/using/56_export.ipynb #e376b6e0
-def frozen(model: SMLSTM) -> SMLSTM:
-    "A copy on the CPU, in evaluation mode, for any backend; the model itself stays as it is."
+def frozen(model: SMLSTM, path: str | Path) -> SMLSTM:
+    "A copy on the CPU, in evaluation mode, for any backend. ExportError, before any work, for what no file can hold."
+    if not isinstance(model, SMLSTM):
+        advice = "pass its .model" if hasattr(model, "model") else "fit a single one, without ensemble"
+        raise ExportError(f"a {type(model).__name__} cannot be exported, an SMLSTM can: {advice}")
+    if not Path(path).parent.is_dir():
+        raise ExportError(f"there is no folder {str(Path(path).parent)!r} to write {Path(path).name} to: make it first")
     copied = copy.deepcopy(model).cpu().eval()
     for cell in copied.cells:
         cell.config = replace(cell.config, backend="auto")
@@ -149,7 +154,7 @@ def export_step(
     `x` [B, F] and `state.*` in; price, direction, volatility [B], regimes [B, R] and `next.*` out. Of K > 1 horizons
     each head is [B, K].
     """
-    model = frozen(model)
+    model = frozen(model, path)
     state = empty_state(model.config, 2)
     outputs = [*Forecast._fields, *flat_state(state, "next")]
     return write_onnx(
@@ -166,7 +171,7 @@ def export_window(
     if seq_length < 2:
         raise ValueError(f"seq_length={seq_length}: a window has at least 2 bars; for single ones there is export_step")
     return write_onnx(
-        WindowGraph(frozen(model)),
+        WindowGraph(frozen(model, path)),
         {"x": torch.zeros(2, seq_length, model.config.n_features)},
         list(Forecast._fields),
         path,
@@ -214,7 +219,7 @@ def compile_step(
     path = Path(path)
     if path.suffix != ".pt2":
         raise ExportError(f"{path}: torch wants the name of a package to end in .pt2")
-    model, batch = frozen(model), torch.export.Dim("batch")
+    model, batch = frozen(model, path), torch.export.Dim("batch")
     state = list(flat_state(empty_state(model.config, 2)).values())
     about = {"aot_inductor.metadata": {"smlstm_config": json.dumps(asdict(model.config))}}
     try:
