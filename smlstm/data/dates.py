@@ -170,7 +170,8 @@ def _by_format(text: pd.Series, where: str, date_format: str) -> Stamps:
     try:
         parsed = [pd.to_datetime(one, format=date_format) for one in parts.date]
     except (ValueError, TypeError) as error:
-        raise BadPrices(f"{where}: the dates do not follow date_format={date_format!r}: {error}") from None
+        reason = str(error).split(". You might")[0]  # pandas adds a paragraph of advice
+        raise BadPrices(f"{where}: the dates do not follow date_format={date_format!r}: {reason}") from None
     if parts.rest.any():
         time, offset = _time_of_day(parts.rest.str.lower(), text, where)
         return Stamps(pd.DatetimeIndex(pd.Series(parsed) + time).as_unit("ns"), offset)
