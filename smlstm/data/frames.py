@@ -65,7 +65,7 @@ def _plain_numbers(text: pd.Series) -> pd.Series:
         return text.str.replace(".", "", regex=False).str.replace(",", ".", regex=False)
     return text.str.replace(",", "", regex=False)
 
-
+# %% ../../nbs/data/13_frames.ipynb #d1262b14
 def _ambiguous(text: pd.Series) -> str | None:
     "The first number of a column in which all are as 1,105: of thousands, or of decimals in other countries."
     known = text[~text.str.strip().str.lower().isin(_MISSING)].str.strip()
@@ -181,7 +181,7 @@ def _rows_of_one(frame: pd.DataFrame, where: str, ticker: str | None) -> pd.Data
         raise BadPrices(f"{where} has the rows of {names.nunique()} symbols ({listed}): give {{name: frame}} of each")
     return frame.set_axis(levels[at])[mine if mine.any() else slice(None)]
 
-
+# %% ../../nbs/data/13_frames.ipynb #e4926b86
 def _date_index(frame: pd.DataFrame, where: str, ticker: str | None = None) -> pd.DataFrame:
     "The frame under a DatetimeIndex, from its index or its date column."
     frame = frame if frame.index.nlevels == 1 else _rows_of_one(frame, where, ticker)

@@ -144,7 +144,7 @@ def frozen(model: SMLSTM, path: str | Path) -> SMLSTM:
         cell.config = replace(cell.config, backend="auto")
     return copied
 
-
+# %% ../../nbs/using/56_export.ipynb #57c704d8
 def export_step(
     model: SMLSTM,
     path: str | Path,  # of the .onnx file
