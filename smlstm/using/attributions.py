@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..judging.style import styled
+from ..model.figures import SOFT
 from ..model.model import Forecast, map_state
 from .calibration import FittedSeries, run_model
 from .ensemble import HEADS
@@ -261,6 +262,8 @@ def _draw_head(axes: Any, parts: pd.DataFrame, head: str, most: int, bars: int) 
     for ax in (axes[0], axes[2]):
         ax.locator_params(axis="x", nbins=4)
         ax.ticklabel_format(axis="x", scilimits=(-2, 3))
+    if not of_features.contribution.any():
+        axes[0].text(0.5, 0.5, "nothing moved it", transform=axes[0].transAxes, ha="center", color=SOFT)
     axes[0].set_title(head)
     axes[1].set_xlabel("bars before the forecast")
 
