@@ -361,6 +361,26 @@ FILES |= {
         "91 days apart, which is not 1mo",
         dict(interval="1mo"),
     ),
+    "two styles of numbers": (
+        SOME(lambda n: '"5.006,29"' if n % 2 else '"5,006.29"'),
+        "not a number: '5,006.29' in row 1 of 'close'",
+    ),
+    "metastock": (
+        table(DAILY)
+        .assign(Date=DAYS.strftime("%Y%m%d"), Ticker="SPY", Time=0)
+        .rename(columns={"Date": "<DTYYYYMMDD>", "Ticker": "<TICKER>", "Time": "<TIME>"})[
+            ["<TICKER>", "<DTYYYYMMDD>", "<TIME>", *map(str.title, DAILY)]
+        ]
+        .to_csv(index=False),
+        DAILY,
+    ),
+    "amibroker": (
+        table(DAILY, "%m/%d/%Y")
+        .rename(columns={"Date": "Date/Time"})
+        .assign(Ticker="SPY")[["Ticker", "Date/Time", *map(str.title, DAILY)]]
+        .to_csv(index=False),
+        DAILY,
+    ),
     "rows of R": ("\n".join([LINES[0].removeprefix("Date,"), *LINES[1:]]), DAILY),
     "japanese": ("日付,始値,終値\n2020/01/06,1,2\n".encode("shift_jis"), "no 'close' column"),
 }

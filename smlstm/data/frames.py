@@ -33,8 +33,9 @@ _ALIASES = {
 # %% ../../nbs/data/13_frames.ipynb #f8f5b31e
 _ADJUSTED = re.compile(r"adj[a-z]*[. ]*(?:clos.*|cp)|close[ (]*adj(?:usted)?\)?")
 DATE_NAMES = (
-    *("date", "datetime", "timestamp", "ds", "time", "local time", "gmt time", "trade date", "tradedate"),
-    *("trading date", "window start", "open time", "unix timestamp", "unix", "day"),
+    *("date", "datetime", "date/time", "dtyyyymmdd", "timestamp", "ds", "time", "local time", "gmt time"),
+    *("trade date", "tradedate", "trading date", "from date", "window start", "open time"),
+    *("unix timestamp", "unix", "day"),
 )
 
 
@@ -58,6 +59,8 @@ def _plain_numbers(text: pd.Series) -> pd.Series:
     if not known.str.contains(",").any():
         thousands = known.str.contains(r"\.\d{3}\.").any()
         return text.str.replace(".", "", regex=False) if thousands else text
+    if known.str.contains(r"\.\d+,").any() and known.str.contains(r",\d+\.").any():
+        return text  # 1.234,5 and 1,234.5 in one column: no number
     commas = known[known.str.contains(",")]
     thousands = commas.str.contains(r",.*\.").any() or commas.str.fullmatch(_THOUSANDS).all()
     european = known.str.contains(r"\.\d{3}.*,").any() or not thousands
@@ -67,9 +70,9 @@ def _plain_numbers(text: pd.Series) -> pd.Series:
 
 # %% ../../nbs/data/13_frames.ipynb #d1262b14
 def _ambiguous(text: pd.Series) -> str | None:
-    "The first number of a column in which all are as 1,105: of thousands, or of decimals in other countries."
+    "The first number of a column in which all are as 1,105 or 1.105: of thousands, or of decimals elsewhere."
     known = text[~text.str.strip().str.lower().isin(_MISSING)].str.strip()
-    return known.iloc[0] if len(known) and known.str.fullmatch(r"[1-9]\d{0,2},\d{3}").all() else None
+    return known.iloc[0] if len(known) and known.str.fullmatch(r"[1-9]\d{0,2}[.,]\d{3}").all() else None
 
 
 def _numbers(column: pd.Series, where: str) -> pd.Series:
@@ -83,8 +86,8 @@ def _numbers(column: pd.Series, where: str) -> pd.Series:
     if quoted.sum() >= 10 and text[quoted].str.fullmatch(r"\s*\d{2,3}'(?:[0-2]\d|3[01])[0257]\s*").all():
         bad = quoted  # in 32nds: by chance thousands look so once in 10 ** 9
     if (first := _ambiguous(text[~missing])) is not None:
-        value = first.replace(",", "")
-        _logger.warning("%s: %r in %r is read as %s, not with three decimals", where, first, column.name, value)
+        read = f"{first.replace(',', '')}, not {'with three decimals' if ',' in first else 'in thousands'}"
+        _logger.warning("%s: %r in %r is read as %s", where, first, column.name, read)
     if bad.any():
         row = int(np.argmax(bad))
         raise BadPrices(

@@ -140,7 +140,7 @@ def _date_column(raw: pd.DataFrame, where: str, intraday: bool) -> tuple[pd.Seri
     plain = [column_name(column) for column in raw.columns]
     at = _date_at(raw, plain, intraday)
     dates, used = raw.iloc[:, at], [at]
-    if plain[at] == "date" and "time" in plain:
+    if plain[at] in ("date", "dtyyyymmdd") and "time" in plain:
         times = clock_text(raw.iloc[:, plain.index("time")])
         dates, used = dates.astype(str) + " " + times, [at, plain.index("time")]
     return dates, raw.drop(columns=raw.columns[used])
