@@ -10,7 +10,10 @@ import smlstm.using.missing as missing
 from smlstm.data.features import prepare_data
 from smlstm.judging.audit import audit_causality
 from smlstm.judging.evaluation import evaluate
+from smlstm.using.ensemble import constant_heads, outcome_readout
 from smlstm.using.forecaster import Forecaster
+from smlstm.using.members import FOCUS
+from smlstm.using.stacking import weight_by_focus
 from smlstm.using.streams import table_of
 from smlstm.using.tables import SeriesError, price_tables
 
@@ -177,3 +180,29 @@ def test_nothing_is_filled_from_the_future(monkeypatch, fitted, holed):
     carry = missing.carried_features
     monkeypatch.setattr("smlstm.using.tables.carried_features", lambda p: carry(p).mask(p.close.isna()).bfill())
     assert not audit_causality(features, frame, **options).causal
+
+
+def test_an_ensemble_estimates_nothing_from_missing_bars():
+    "What the zeros in the place of unknown targets hold has no part in any of its parts, by any focus."
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((400, 5)), rng.standard_normal((400, 3))
+    y[:, 1] = y[:, 1] > 0
+    lost = rng.random(400) < 0.2
+    given = missing.with_weights(np.where(lost[:, None], np.nan, y))
+    np.testing.assert_allclose(constant_heads(given), constant_heads(y[~lost]), rtol=1e-5)
+    kept = ~lost[:-1]  # by numpy itself: the readout of those rows that have an outcome
+    outcomes = (y * [1, 2, 1] - [0, 1, 0])[:-1][kept]
+    by_hand = np.linalg.lstsq(np.column_stack([x[1:], np.ones(399)])[kept], outcomes, rcond=None)[0].T
+    np.testing.assert_allclose(outcome_readout(x, given), by_hand, atol=1e-5)
+    for focus in FOCUS:
+        focused = weight_by_focus(given, focus, slice(0, 300))
+        assert focused.shape == (400, 4) and (focused[lost, 3] == 0).all() and set(focused[~lost, 3]) == {0, 2}
+
+
+def test_an_ensemble_goes_through_holes(holed):
+    settings = SMALL | {"architecture": SMALL["architecture"] | {"scales": [1, 5]}}
+    made = Forecaster(**settings).fit(holed[:1500], progress=False)
+    followed, whole = made.update(holed[1500:1550]), made.predict(holed[:1550])
+    np.testing.assert_allclose(followed[PRICE].tail(1), whole[PRICE], rtol=1e-6)
+    frame = made.forecast(table_of(made.series["series"], holed))
+    assert np.isfinite(frame[PRICE].to_numpy()).all()

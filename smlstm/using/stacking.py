@@ -35,6 +35,7 @@ from smlstm.using.ensemble import (
     MetaNetwork,
     SMLSTMEnsemble,
     constant_heads,
+    known_rows,
     mix_heads,
     outcome_readout,
 )
@@ -68,8 +69,8 @@ def weight_by_focus(y: np.ndarray, focus: str | None, learn: slice, horizon: int
     "Targets [n, 3] and a weight, 2 in the half of the rows that `focus` names, else 0; unchanged without a focus."
     if focus is None:
         return y
-    weight = 2.0 * (is_continuing(y, learn, horizon) == (focus == "continuing"))
-    return np.column_stack([y, weight]).astype(y.dtype)
+    weight = 2.0 * (is_continuing(y, learn, horizon) == (focus == "continuing")) * known_rows(y)
+    return np.column_stack([y[:, :3], weight]).astype(y.dtype)
 
 # %% ../../nbs/using/42_stacking.ipynb #b454e11f
 def fit_member(
@@ -191,6 +192,7 @@ def stein_share(slope: float, error: float) -> float:
 @torch.no_grad()
 def shrink_weights(meta: MetaNetwork, z: np.ndarray, y: np.ndarray, pos_weight: float = 1.0) -> tuple[float, ...]:
     "Shrink members' weights to the shares, one a head, that rows [n, 3 M + F] support; returns the shares."
+    z, y = z[known := known_rows(y)], y[known]
     constant = meta.constant.double().numpy()
     deviation = meta_heads(meta, z).double().numpy() - meta.constant.numpy()
     odds = float(meta.constant[1]) - np.log(pos_weight)
