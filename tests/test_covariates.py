@@ -1,11 +1,13 @@
 """Columns that are known ahead: the right bar, in tables, streams, panels and folders, and nothing else looks ahead."""
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 from test_forecaster import SMALL, bars, long_frame, numbers
 
 import smlstm.using.covariates as covariates
+import smlstm.using.tables as tables
 from smlstm.data.calendar_features import CALENDAR_FEATURES, calendar_features
 from smlstm.data.prices import load_prices
 from smlstm.evidence.inputs import announced_scores, gain_shares
@@ -15,6 +17,7 @@ from smlstm.using.forecaster import Forecaster, fit_panel
 from smlstm.using.panels import WindowConfig
 from smlstm.using.run import DEFAULTS, make_tables, start_job
 from smlstm.using.streams import table_of
+from smlstm.using.sweep import sweep
 from smlstm.using.tables import SeriesError, price_tables
 
 # Decisions of the Federal Open Market Committee in 2018 and 2019, by federalreserve.gov
@@ -67,9 +70,9 @@ def test_columns_frames_and_functions_are_the_same(prices, horizon):
     given = {"column": (with_column(prices, 30), "fomc")} | {
         name: (prices, source) for name, source in {"function": meetings, "frame": frame, "long": long}.items()
     }
-    tables = {name: price_tables(p, horizon, None, 15.0, future)["series"] for name, (p, future) in given.items()}
-    for table in tables.values():
-        pd.testing.assert_frame_equal(table.features, tables["column"].features, check_freq=False, check_names=False)
+    made = {name: price_tables(p, horizon, None, 15.0, future)["series"] for name, (p, future) in given.items()}
+    for table in made.values():
+        pd.testing.assert_frame_equal(table.features, made["column"].features, check_freq=False, check_names=False)
 
 
 def test_streams_go_on_as_a_table_does(prices, fitted):
@@ -201,9 +204,9 @@ def audit_features(fitted, frame, ahead):
 def test_only_declared_columns_look_ahead_and_only_as_far_as_declared(monkeypatch, horizon):
     frame = bars("SPY").tail(600)
     frame = frame.assign(fomc=(np.arange(600) % 9 == 0).astype(float))
-    tables = price_tables(frame, horizon, None, 15.0, "fomc")
+    panel = price_tables(frame, horizon, None, 15.0, "fomc")
     made, _ = fit_panel(
-        tables,
+        panel,
         {"series": slice(0, 250)},
         SMALL["architecture"],
         WindowConfig(32),
@@ -250,6 +253,18 @@ def test_a_run_takes_calendar_features(tmp_path):
     finally:
         job.lock.release(force=True)
     assert load_prices("SPY", source="sample").frame.index[-1] == pd.Timestamp("2018-12-31")
+
+
+def test_a_sweep_takes_calendar_features(tmp_path, prices, monkeypatch):
+    small = {"hidden_size": 8, "n_heads": 1, "n_layers": 1, "seq_length": 64, "epochs": 1}
+    seen = []
+    build = tables.build_table
+    monkeypatch.setattr(tables, "build_table", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+    with joblib.parallel_config("sequential"):
+        for wanted in (False, "XNYS"):
+            done = sweep({"SPY": prices}, {"small": small}, tmp_path, 2, calendar_features=wanted, progress=False)
+            assert (done.status == "ok").all(), done.error.tolist()
+    assert [set(CALENDAR_FEATURES) <= set(table.features) for table in seen] == [False, False, True, True]
 
 
 @pytest.mark.slow

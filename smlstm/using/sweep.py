@@ -292,6 +292,7 @@ class SweepRun(NamedTuple):
     horizon: int  # bars ahead
     device: str
     prices: str  # hash of the price frame, and the name of its file
+    calendar_features: bool | str = False  # as in `Forecaster`
 
 
 def keep_prices(frame: pd.DataFrame, folder: Path) -> str:  # 24 hexadecimal digits
@@ -310,13 +311,15 @@ def fit_and_score(run: SweepRun, folder: Path) -> dict[str, float]:
     "Fit on the fold's training rows and score its test rows: what `evaluate_fold` gives, flat."
     from smlstm.judging.scores import evaluate_fold
     from smlstm.learning.settings import TrainConfig
+    from smlstm.using.covariates import covariates_of
     from smlstm.using.forecaster import fit_panel
     from smlstm.using.panels import WindowConfig
     from smlstm.using.tables import build_table
     from smlstm.using.walkforward import panel_folds, walk_forward
 
     frame = pd.read_parquet(folder / "prices" / f"{run.prices}.parquet")
-    tables = {run.ticker: build_table(frame, run.horizon)}
+    known = covariates_of(run.ticker, calendar=run.calendar_features)
+    tables = {run.ticker: build_table(frame, run.horizon, covariates=known)}
     (step,) = walk_forward(
         tables,
         fit=fit_panel,
@@ -353,6 +356,7 @@ def sweep(
     n_splits: int = 5,  # folds in time, of each ticker
     horizon: int = 1,  # bars ahead
     device: str = "auto",
+    calendar_features: bool | str = False,  # as in `Forecaster`: those of the dates' exchange; text: of this exchange
     **options: Any,  # attempts, pause and progress, as for `fan_out`
 ) -> pd.DataFrame:  # a row for each ticker, configuration and fold: status, scores, attempts, error
     "Fit and score every configuration on every fold of every ticker, by the engine of joblib's `parallel_config`."
@@ -360,7 +364,7 @@ def sweep(
     folder = Path(folder).absolute()
     kept = {ticker: keep_prices(getattr(frame, "frame", frame), folder) for ticker, frame in prices.items()}
     runs = [
-        SweepRun(ticker, fold, config, settings[config], n_splits, horizon, device, kept[ticker])
+        SweepRun(ticker, fold, config, settings[config], n_splits, horizon, device, kept[ticker], calendar_features)
         for ticker in kept
         for config in settings
         for fold in range(n_splits)
