@@ -17,6 +17,7 @@ import pandas as pd
 from ..data.calendar_features import calendar_features, calendar_of
 from ..data.features import FEATURE_NAMES
 from ..data.sessions import BarPattern, bar_pattern, next_bar
+from .static import StaticColumn, columns_from, listed_columns, static_features
 
 # %% ../../nbs/using/42b_covariates.ipynb #aadc943c
 def check_future(given: Any) -> tuple:
@@ -41,17 +42,19 @@ class Covariates:
     mask: bool = False  # whether missing bars and values are allowed for, see `smlstm.using.missing`
     sessions: str | None = None  # whose sessions the bars follow, none where empty; None: not found out yet
     missing: tuple[str, ...] | None = None  # what has marks of missing values; None: not found out yet
+    static: tuple[StaticColumn, ...] = ()  # what does not change in time, see `smlstm.using.static`
     sources: tuple = field(default=(), compare=False, repr=False)  # frames and functions of dates
 
     @property
     def given(self) -> bool:
         "Whether there are any."
-        return bool(self.columns or self.sources or self.calendar)
+        return bool(self.columns or self.sources or self.calendar or self.static)
 
     def to_dict(self) -> dict:
         "Names and switches, for JSON."
         listed = lambda names: None if names is None else list(names)
         names = {name: listed(getattr(self, name)) for name in ("columns", "named", "missing")}
+        names["static"] = listed_columns(self.static)
         return names | {name: getattr(self, name) for name in ("calendar", "exchange", "mask", "sessions")}
 
     @classmethod
@@ -59,7 +62,7 @@ class Covariates:
         "What `to_dict` described, without its sources."
         listed = lambda names: None if names is None else tuple(names)
         names = {name: listed(saved[name]) for name in ("columns", "named", "missing")}
-        return cls(**{**saved, **names})
+        return cls(**{**saved, **names, "static": columns_from(saved.get("static", ()))})
 
 # %% ../../nbs/using/42b_covariates.ipynb #e4058599
 def _own_rows(source: Any, name: Any) -> Any:
@@ -197,11 +200,21 @@ def _calendar_columns(index: pd.DatetimeIndex, horizons: Sequence[int], exchange
     return pd.concat([tables[0].filter(regex="(?<!_ahead)$"), *ahead], axis=1)
 
 
-def check_taken(names: Sequence[str], taken: Sequence[str]) -> None:
+def check_taken(names: Sequence[str], taken: Sequence[str], source: str = "future_exogenous") -> None:
     "`ValueError` for a name that another column has."
     for name in names:
         if name in FEATURE_NAMES or name in taken:
-            raise ValueError(f"the column {name!r} of future_exogenous has the name of another one: rename it")
+            raise ValueError(f"the column {name!r} of {source} has the name of another one: rename it")
+
+# %% ../../nbs/using/42b_covariates.ipynb #9046bf74
+_BAR = ("open", "high", "low", "close", "volume", "ds", "y")
+
+
+def _static_part(columns: Sequence[StaticColumn], index: pd.DatetimeIndex, taken: Sequence[str]) -> pd.DataFrame:
+    "The features of columns that do not change in time, at every bar. `ValueError` for a name that is taken."
+    features = static_features(columns)
+    check_taken([*features, *(one.name for one in columns)], [*_BAR, *taken], "static")
+    return pd.DataFrame(features, index)
 
 # %% ../../nbs/using/42b_covariates.ipynb #e9dd7734
 def known_ahead(
@@ -228,6 +241,8 @@ def known_ahead(
         covariates = replace(covariates, exchange=calendar_of(index, covariates.exchange))
         parts.append(_calendar_columns(index, horizons, covariates.exchange))
     check_taken([*covariates.columns, *covariates.named], list(bars.columns.difference(list(covariates.columns))))
+    if covariates.static:
+        parts.append(_static_part(covariates.static, index, [*bars, *(name for part in parts for name in part)]))
     return pd.concat(parts, axis=1), covariates
 
 # %% ../../nbs/using/42b_covariates.ipynb #79ec3f97
@@ -251,7 +266,7 @@ def next_known(
     horizons: Sequence[int],  # bars ahead
 ) -> dict[str, float]:
     "Features of a new bar. `ValueError` where they need what is not known yet."
-    features, index = {}, pd.DatetimeIndex([date])
+    features, index = static_features(covariates.static), pd.DatetimeIndex([date])
     if covariates.columns:
         own = pd.DataFrame({name: [bar[name]] for name in covariates.columns}, index)
         features |= _row_of(own if ahead is None else pd.concat([own, ahead]), horizons, date)

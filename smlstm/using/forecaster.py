@@ -39,7 +39,8 @@ from smlstm.using.panels import (
     train_panel,
 )
 from .refits import bars_since_fit, going_on, walk_with_refits
-from .series import fitted_frames, fitted_name
+from .series import fitted_frames, fitted_name, fitted_static, with_static
+from .static import StaticColumn, frame_of_columns, static_frame
 from .storage import load_forecaster, save_forecaster, unreadable, with_sources
 from smlstm.using.streams import (
     Stream,
@@ -111,22 +112,30 @@ def _fit_tables(
 
 # %% ../../nbs/using/49_forecaster.ipynb #829314c6
 def _fit_prices(
-    forecaster: "Forecaster", prices: Any, exogenous: Sequence[str] | None, options: Mapping
+    forecaster: "Forecaster", prices: Any, exogenous: Sequence[str] | None, static: Any, options: Mapping
 ) -> "Forecaster":
     "Fit a forecaster, in place, on all rows of all series."
+    static = forecaster.static if static is None else static
     origins = {prices.provenance.ticker: prices.provenance._asdict()} if isinstance(prices, Prices) else {}
-    tables = _tables_of(forecaster, prices, exogenous)
+    known = fitted_static(forecaster.series) if options.get("warm_start") else ()
+    tables, forecaster.static = _tables_of(forecaster, prices, exogenous, static, known), static
     for name, table in tables.items():
         with series_errors(name):
             check_last_row(table)
     return _fit_tables(forecaster, tables, origins=origins, **options)
 
 
-def _tables_of(forecaster: "Forecaster", prices: Any, exogenous: Sequence[str] | None) -> dict[Any, Table]:
+def _tables_of(
+    forecaster: "Forecaster",
+    prices: Any,
+    exogenous: Sequence[str] | None,
+    static: Any,
+    fitted: Sequence[StaticColumn] = (),  # static columns of an earlier fit
+) -> dict[Any, Table]:
     "Tables by a forecaster's settings; its own exogenous columns count where none are given for a plain frame."
     own = exogenous if exogenous is not None or is_long(prices) else forecaster.exogenous
     more = forecaster.future_exogenous, forecaster.calendar_features, forecaster.missing == "mask"
-    return price_tables(prices, forecaster.horizon, own, forecaster.max_gap, *more)
+    return price_tables(prices, forecaster.horizon, own, forecaster.max_gap, *more, static, fitted)
 
 # %% ../../nbs/using/49_forecaster.ipynb #a4b536e9
 def fitted_horizons(series: Mapping[Any, FittedSeries], horizon: Any = None) -> tuple[int, ...]:
@@ -153,18 +162,21 @@ def _forecast_rows(forecaster: "Forecaster", table: Table, name: Any, rows: slic
     return join_horizons({h: add_intervals(each[h], frame, rows, level) for h, frame in frames.items()})
 
 # %% ../../nbs/using/49_forecaster.ipynb #c6d7580b
-def _open_streams(forecaster: "Forecaster", prices: Any) -> dict[Any, Stream]:
+def _open_streams(forecaster: "Forecaster", series: Mapping, prices: Any) -> dict[Any, Stream]:
     "A stream for each series of prices."
     streams = {}
-    for name, frame in fitted_frames(forecaster.series, prices).items():
+    for name, frame in fitted_frames(series, prices).items():
         with series_errors(name):
-            streams[name] = open_stream(forecaster.model, forecaster.series[name], frame)
+            streams[name] = open_stream(forecaster.model, series[name], frame)
     return streams
 
 
-def _start(forecaster: "Forecaster", prices: Any) -> "Forecaster":
+def _start(forecaster: "Forecaster", prices: Any, static: Any) -> "Forecaster":
     "Read a history of some series; their streams are those after it."
-    forecaster.streams |= _open_streams(forecaster, prices)
+    series = with_static(forecaster.series, static)
+    streams = _open_streams(forecaster, series, prices)
+    forecaster.series |= {name: series[name] for name in streams}
+    forecaster.streams |= streams
     return forecaster
 
 
@@ -180,11 +192,14 @@ def _forecasts_of(
     return _forecasts_of(forecaster, known, horizons, level).iloc[:0]
 
 
-def _predict(forecaster: "Forecaster", prices: Any, horizon: Any, level: Any) -> pd.DataFrame:
+def _predict(forecaster: "Forecaster", prices: Any, horizon: Any, level: Any, static: Any) -> pd.DataFrame:
     "The forecast from the last bar of each series."
     horizons = fitted_horizons(forecaster.series, horizon)
     check_levels(level)
-    streams = forecaster.streams if prices is None else _open_streams(forecaster, prices)
+    if static is not None and prices is None:
+        raise ValueError("predict(static=...) reads the history anew: give prices too, or call start(prices, static)")
+    series = with_static(forecaster.series, static)
+    streams = forecaster.streams if prices is None else _open_streams(forecaster, series, prices)
     return _forecasts_of(forecaster, {name: [stream] for name, stream in streams.items()}, horizons, level)
 
 # %% ../../nbs/using/49_forecaster.ipynb #e8f97a2d
@@ -228,7 +243,8 @@ def _cross_validate(
     "Forecasts of the test rows of all folds."
     check_levels(level)
     own = dict(options)
-    tables, every = _tables_of(forecaster, prices, own.pop("exogenous", None)), own.pop("refit_every", None)
+    tables = _tables_of(forecaster, prices, own.pop("exogenous", None), own.pop("static", forecaster.static))
+    every = own.pop("refit_every", None)
     walk = walk_forward if every is None else partial(walk_with_refits, refit_every=every)
     steps = walk(tables, n_splits, test_size, fit=_refit(forecaster), level=level, **own)
     parts = [frame.assign(unique_id=name) for step in steps for name, frame in step.forecasts.items()]
@@ -241,6 +257,7 @@ def _check_settings(settings: "ForecasterSettings") -> None:
     own = settings.exogenous
     settings.exogenous = (own,) if isinstance(own, str) else tuple(own) if isinstance(own, list) else own
     settings.future_exogenous = check_future(settings.future_exogenous)
+    static_frame(settings.static)
     settings.windows = config_from(WindowConfig, settings.windows, "windows")
     settings.training = config_from(TrainConfig, settings.training, "training")
     horizons = as_horizons(settings.horizon)
@@ -261,7 +278,7 @@ def _save(forecaster: "ForecasterSettings", folder: str | Path) -> None:
     "Write a fitted forecaster into a folder."
     fitted_name(forecaster.series, next(iter(forecaster.series), None))
     names = [one for one in forecaster.future_exogenous if isinstance(one, str)]
-    settings = jsonable(forecaster.get_params() | {"future_exogenous": names})
+    settings = jsonable(forecaster.get_params() | {"future_exogenous": names, "static": None})
     settings["history"] = None if forecaster.history is None else forecaster.history.to_dict()
     save_forecaster(folder, settings, forecaster.model, forecaster.series, forecaster.streams)
 
@@ -271,10 +288,12 @@ def _load(make: Callable[..., "Forecaster"], folder: str | Path, device: str | N
     with preserved_generators():
         config, model, series, streams = load_forecaster(folder)
     with unreadable(Path(folder)):
-        forecaster = make(**{one.name: config[one.name] for one in fields(ForecasterSettings) if one.init})
+        names = [one.name for one in fields(ForecasterSettings) if one.init and one.name != "static"]
+        forecaster = make(**{name: config[name] for name in names})
         forecaster.history = config["history"] and History.from_dict(config["history"])
     series = with_sources(series, streams, future, folder)
     forecaster.future_exogenous += tuple(one for one in check_future(future) if not isinstance(one, str))
+    forecaster.static = frame_of_columns({name: fitted.covariates.static for name, fitted in series.items()})
     forecaster.model, forecaster.series, forecaster.streams = model, series, streams
     if device is not None:
         place = pick_device(device)
@@ -298,6 +317,7 @@ class ForecasterSettings:
     future_exogenous: Any = ()  # columns that are known ahead: names, frames by date, functions of dates
     calendar_features: bool | str = False  # add those of the series' exchange; text: of this exchange
     missing: Literal["mask", "raise"] = "mask"  # missing bars and values: allowed for, or an error
+    static: Any = None  # what does not change in time: a frame with a row for each series, numbers and categories
     model: nn.Module | None = field(default=None, init=False, repr=False)
     series: dict[Any, FittedSeries] = field(default_factory=dict, init=False, repr=False)
     streams: dict[Any, Stream] = field(default_factory=dict, init=False, repr=False)  # each series up to its last bar
@@ -349,32 +369,35 @@ class FittedForecaster(ForecasterSettings):
 class Forecaster(FittedForecaster):
     "Fit on prices, forecast the next bar, go on bar by bar."
 
-    def fit(self, prices: Any, exogenous: Sequence[str] | None = None, **options: Any) -> "Forecaster":
+    def fit(
+        self, prices: Any, exogenous: Sequence[str] | None = None, static: Any = None, **options: Any
+    ) -> "Forecaster":
         """Fit one model on all rows of all series; with `warm_start=True` from the weights of the last fit.
 
-        `SeriesError` for a series that cannot be used.
+        `static`: a frame with a row for each series. `SeriesError` for a series that cannot be used.
         """
-        return _fit_prices(self, prices, exogenous, options)
+        return _fit_prices(self, prices, exogenous, static, options)
 
-    def predict(self, prices: Any = None, horizon: Any = None, level: Any = (90,)) -> pd.DataFrame:
+    def predict(self, prices: Any = None, horizon: Any = None, level: Any = (90,), static: Any = None) -> pd.DataFrame:
         """The forecast from the last bar of each series, a row each; without prices, from the last bars known.
 
-        Of several fitted horizons: a row for each with its `horizon`, or only those that are asked for.
+        Of several fitted horizons: a row for each with its `horizon`, or only those that are asked for. Series with
+        a row in `static` are of that kind, others of the kind that they were fitted with.
         """
-        return _predict(self, prices, horizon, level)
+        return _predict(self, prices, horizon, level, static)
 
     def update(self, new_bars: Any, level: Any = (90,)) -> pd.DataFrame:
         "Go on with new bars, without fitting anew; a forecast from each. `SeriesError` for bars that cannot follow."
         return _update(self, new_bars, level)
 
-    def start(self, prices: Any) -> "Forecaster":
-        "Read a history, so that `update` goes on from its last bar."
-        return _start(self, prices)
+    def start(self, prices: Any, static: Any = None) -> "Forecaster":
+        "Read a history, so that `update` goes on from its last bar; `static` as for `predict`, and for `update` too."
+        return _start(self, prices, static)
 
     def cross_validation(
         self, prices: Any, n_splits: int | None = None, level: Any = (90,), **options: Any
     ) -> pd.DataFrame:
-        "Test rows of all folds; `options`: test_size, exogenous, refit_every, and those of `walk_forward`."
+        "Test rows of all folds; `options`: test_size, exogenous, static, refit_every, and those of `walk_forward`."
         return _cross_validate(self, prices, n_splits, options.pop("test_size", None), level, options)
 
     @classmethod

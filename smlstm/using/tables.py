@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRICES', 'UNNAMED', 'MAX_GAP', 'Table', 'used_columns', 'check_exogenous', 'bars_there', 'on_all_sessions',
            'marked_names', 'build_table', 'SeriesError', 'series_errors', 'is_long', 'named_frames', 'exchange_of',
-           'span_days', 'check_gaps', 'check_ranges', 'is_daily', 'check_one_series', 'checked_frame', 'price_tables',
-           'numeric_targets', 'Scaled', 'scale_table', 'to_units']
+           'span_days', 'check_gaps', 'check_ranges', 'is_daily', 'check_one_series', 'checked_frame', 'static_of',
+           'price_tables', 'numeric_targets', 'Scaled', 'scale_table', 'to_units']
 
 # %% ../../nbs/using/43_tables.ipynb #d43f81ae
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +38,7 @@ from smlstm.using.missing import (
     spread_holes,
     with_weights,
 )
+from .static import StaticColumn, check_row, static_features, static_frame, static_values
 
 # %% ../../nbs/using/43_tables.ipynb #10e29d69
 class Table(NamedTuple):
@@ -311,6 +312,15 @@ def checked_frame(frame: pd.DataFrame, max_gap: float = MAX_GAP, daily: bool | N
     check_ranges(frame)
     return frame
 
+# %% ../../nbs/using/43_tables.ipynb #f0684ffb
+def static_of(given: Any, names: Sequence[Any], fitted: Sequence[StaticColumn]) -> dict[Any, tuple]:
+    "Static columns with the values of each series, see `static_values`. `SeriesError` for one without a value."
+    frame = static_frame(given)
+    for name in names if frame is not None and (fitted or len(names) > 1) else ():
+        with series_errors(name):
+            check_row(frame, name)
+    return static_values(given, names, fitted)
+
 # %% ../../nbs/using/43_tables.ipynb #d7e8691b
 def price_tables(
     prices: Any,  # of any kind, see `named_frames`
@@ -320,6 +330,8 @@ def price_tables(
     future: Any = (),  # columns that are known ahead: names, frames and functions, see `check_future`
     calendar: bool | str = False,  # whether there are calendar features; text: of which exchange
     mask: bool = False,  # whether missing bars and values are allowed for
+    static: Any = None,  # what does not change in time, a row for each series, see `static_values`
+    fitted: Sequence[StaticColumn] = (),  # such columns of an earlier fit
 ) -> dict[Any, Table]:
     "A table for each series. `SeriesError` for one that cannot be used."
     parts = {}
@@ -329,11 +341,11 @@ def price_tables(
             further = [c for c in frame if c not in (*PRICES, *known.columns)] if is_long(prices) else []
             columns = tuple(further if exogenous is None else exogenous)
             parts[name] = (checked_frame(frame, max_gap), columns, known)
-    marked = marked_names(parts) if mask else None
+    marked, constant = marked_names(parts) if mask else None, static_of(static, list(parts), fitted)
     tables = {}
     for name, (frame, columns, known) in parts.items():
         with series_errors(name):
-            tables[name] = build_table(frame, horizon, columns, replace(known, missing=marked))
+            tables[name] = build_table(frame, horizon, columns, replace(known, missing=marked, static=constant[name]))
     return tables
 
 # %% ../../nbs/using/43_tables.ipynb #4b2d3bbc
@@ -351,6 +363,7 @@ class Scaled(NamedTuple):
     scaler: Scaler
     target_scaler: Scaler  # of the first horizon
     further: tuple[Scaler, ...] = ()  # of the targets of further horizons
+    categories: tuple[tuple[int, ...], ...] = ()  # columns of x that are one category of static columns, for each
 
     def at(self, place: int) -> "Scaled":
         "The rows with the targets of the horizon at a place."
@@ -366,16 +379,26 @@ def scale_table(table: Table, train: slice) -> Scaled:
     parts, scalers = zip(*(_scaled_targets(table.at(horizon), train) for horizon in table.horizons))
     y = np.hstack(parts)
     y = with_weights(y) if "bar" in (table.covariates.missing or ()) else y
-    return Scaled(np.nan_to_num(scaler.transform(table.features)), y, scaler, scalers[0], scalers[1:])
+    x, categories = np.nan_to_num(scaler.transform(table.features)), _category_columns(table, scaler)
+    return Scaled(x, y, scaler, scalers[0], scalers[1:], categories)
 
 # %% ../../nbs/using/43_tables.ipynb #51a318d3
 def _fit_features(table: Table, train: slice) -> Scaler:
     "The scale of the features in the training rows; columns that are known ahead, and marks, count where they vary."
-    features, known = table.features.iloc[train], table.prices.columns.difference(list(table.covariates.columns))
+    constant = static_features(table.covariates.static)
+    features = table.features.iloc[train].drop(columns=list(constant))
+    known = table.prices.columns.difference(list(table.covariates.columns))
     more = [name for name in features if name not in FEATURE_NAMES and name not in known]
-    if more or features.isna().any(axis=None):
-        return fit_known_scaler(features, more)
-    return fit_scaler(features)
+    holed = bool(more) or features.isna().any(axis=None)
+    scaler = fit_known_scaler(features, more) if holed else fit_scaler(features)
+    center, scale = (0.0,) * len(constant), (1.0,) * len(constant)  # static columns have the panel's scale
+    return Scaler((*scaler.columns, *constant), (*scaler.center, *center), (*scaler.scale, *scale), scaler.clip)
+
+
+def _category_columns(table: Table, scaler: Scaler) -> tuple[tuple[int, ...], ...]:
+    "The places of the features of each static column that has categories."
+    columns = [column for column in table.covariates.static if column.categories]
+    return tuple(tuple(scaler.columns.index(name) for name in column.features) for column in columns)
 
 
 def _scaled_targets(table: Table, train: slice) -> tuple[np.ndarray, Scaler]:
