@@ -319,3 +319,6 @@ def test_currencies_around_the_clock_and_futures_with_a_pause(step):
     future = week_of_currencies(step, pause=60)
     for exchange in (None, "CMES"):
         assert bars_per_year(bar_pattern(future, exchange)) == pytest.approx(a_year * 5 / 7 * 23 / 24, rel=0.02)
+    paused = future[future.tz_convert("America/Chicago") < pd.Timestamp("2024-06-25 16:00", tz="America/Chicago")]
+    assert paused[-1] + pd.Timedelta(step) == pd.Timestamp("2024-06-25 16:00", tz="America/Chicago")
+    assert next_session(paused, "CMES") == pd.Timestamp("2024-06-25 17:00", tz="America/Chicago")

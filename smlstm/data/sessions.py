@@ -126,11 +126,18 @@ def _closed_for_currencies(times: pd.DatetimeIndex) -> np.ndarray:
     return np.asarray((hours >= 4 * 24 + 17) & (hours < 6 * 24 + 17))
 
 
+def _closes(exchange: str, schedule: pd.DataFrame) -> pd.Series:
+    "Ends of sessions. Futures in Chicago pause from 16:00 to 17:00; their calendar has no pause."
+    late = schedule.close.dt.tz_convert("America/Chicago").dt.hour == 17
+    return schedule.close.where((exchange != "CMES") | ~late, schedule.close - pd.Timedelta(hours=1))
+
+
 def _session_starts(exchange: str, first: pd.Timestamp, last: pd.Timestamp, step: int, offset: int) -> pd.DatetimeIndex:
     "Starts of bars of `step` seconds from one date to another, `offset` seconds after each part of a session opens."
     schedule = exchange_calendar(exchange, first.year).schedule.loc[first:last]
-    parts = pd.DataFrame({"open": schedule.open, "close": schedule.break_start.fillna(schedule.close)})
-    after = pd.DataFrame({"open": schedule.break_end, "close": schedule.close}).dropna()
+    closes = _closes(exchange, schedule)
+    parts = pd.DataFrame({"open": schedule.open, "close": schedule.break_start.fillna(closes)})
+    after = pd.DataFrame({"open": schedule.break_end, "close": closes}).dropna()
     starts = [
         pd.date_range(a + pd.Timedelta(seconds=offset), b, freq=pd.Timedelta(seconds=step), inclusive="left")
         for a, b in [*parts.itertuples(index=False), *after.itertuples(index=False)]
