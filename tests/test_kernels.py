@@ -35,7 +35,7 @@ def python(code, folder, **environment):
     run = [sys.executable, "-c", textwrap.dedent(code)]
     root = str(Path(__file__).resolve().parent.parent)
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}"} | environment
-    done = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
 
@@ -272,7 +272,7 @@ def test_two_processes_compile_at_once(small):
     root = str(Path(__file__).resolve().parent.parent)
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{small}"}
     both = [subprocess.Popen(run, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [one.communicate(timeout=300)[0].strip() for one in both] == ["6", "6"]
+    assert [one.communicate(timeout=1800)[0].strip() for one in both] == ["6", "6"]
 
 
 BOUNDS = """
