@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from joblib import parallel_config
 from test_forecaster_use import bars
+from test_sweep import two_workers
 
 import smlstm.using.search as module
 from smlstm.using.forecaster import Forecaster
@@ -104,12 +105,20 @@ def test_a_killed_search_goes_on(tmp_path):
     pd.testing.assert_frame_equal(on.trials, whole.trials)
 
 
-@pytest.mark.slow
-def test_workers_find_the_same(tmp_path):
-    "Processes of loky; Dask and Ray are reached by the same call, and are tested with sweeps."
-    alone = searched(tmp_path / "alone")
-    with parallel_config(backend="loky", n_jobs=2):
-        pd.testing.assert_frame_equal(searched(tmp_path / "loky").trials, alone.trials)
+@pytest.mark.parametrize("name", [pytest.param("loky", marks=pytest.mark.slow), "dask", "ray"])
+def test_workers_find_the_same(name, tmp_path):
+    with two_workers(name):
+        spread = searched(tmp_path / name, n_trials=2)
+    pd.testing.assert_frame_equal(spread.trials, searched(tmp_path / "alone", n_trials=2).trials)
+
+
+def test_calendar_features_reach_the_trials(tmp_path):
+    "They are features like others, so that every trial has another score with them."
+    plain, known = (searched(tmp_path / str(given), n_trials=2, calendar_features=given) for given in (False, "XNYS"))
+    assert (plain.trials.hidden_size == known.trials.hidden_size).all()
+    assert (plain.trials.volatility_qlike != known.trials.volatility_qlike).all()
+    assert known.best["calendar_features"] == "XNYS" and known.parameters["calendar_features"]
+    assert "calendar_features" not in plain.best
 
 
 def test_settings_that_cannot_work_together_are_a_trial_without_a_score(tmp_path):

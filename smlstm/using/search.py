@@ -119,6 +119,7 @@ class _Plan(NamedTuple):
     inner_splits: int
     horizon: int
     device: str
+    calendar_features: bool | str
     score: str
     folder: Path
 
@@ -128,7 +129,7 @@ def _runs_of(plan: _Plan, chosen: Mapping[str, Any]) -> list[SweepRun]:
     settings = settings_of(**chosen)
     name = digest(json.dumps(settings, sort_keys=True))[:12]
     tasks = [(ticker, fold) for ticker in plan.kept for fold in range(plan.inner_splits)]
-    rest = lambda ticker: (plan.inner_splits, plan.horizon, plan.device, plan.kept[ticker])
+    rest = lambda ticker: (plan.inner_splits, plan.horizon, plan.device, plan.kept[ticker], plan.calendar_features)
     return [SweepRun(ticker, fold, name, settings, *rest(ticker)) for ticker, fold in tasks]
 
 # %% ../../nbs/using/55a_search.ipynb #bf2c00ff
@@ -201,7 +202,10 @@ def _result_of(plan: _Plan, study: Any) -> SearchResult:
     ensemble = {"ensemble": bool(chosen["scales"])} if "scales" in chosen else {}
     parameters = {"horizon": plan.horizon, **flat, **ensemble, "search_trials": len(ended)}
     parameters |= {} if plan.n_splits is None else {"n_splits": plan.n_splits}
-    return SearchResult(_configuration(chosen, plan.horizon), best.value, pd.DataFrame(rows), parameters)
+    known = {"calendar_features": plan.calendar_features} if plan.calendar_features else {}
+    best_settings = _configuration(chosen, plan.horizon) | known
+    parameters |= {name: True for name in known}  # of a run: by the exchange of its ticker
+    return SearchResult(best_settings, best.value, pd.DataFrame(rows), parameters)
 
 # %% ../../nbs/using/55a_search.ipynb #38d02621
 def search(
@@ -216,6 +220,7 @@ def search(
     score: str = "volatility_qlike",  # a column of `sweep` to be made small
     horizon: int = 1,  # bars ahead
     device: str = "auto",
+    calendar_features: bool | str = False,  # as in `Forecaster`
     seed: int = 0,  # of the sampler
     batch: int = 4,  # trials at once
     **options: Any,  # attempts, pause and progress, as for `fan_out`
@@ -230,7 +235,7 @@ def search(
     folder, distributions = Path(folder).absolute(), _distributions(space)
     inner = inner_prices(named_frames(prices), n_splits, horizon, test_size)
     kept = {str(ticker): keep_prices(frame, folder) for ticker, frame in inner.items()}
-    plan = _Plan(space, kept, n_splits, inner_splits, horizon, device, score, folder)
+    plan = _Plan(space, kept, n_splits, inner_splits, horizon, device, calendar_features, score, folder)
     study = _open_study(folder, {**plan._asdict(), "folder": "", "seed": seed, "batch": batch})
     _recall(study)
     while (done := len(_ended(study))) < n_trials:
