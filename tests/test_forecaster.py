@@ -22,7 +22,7 @@ from smlstm.data.features import WARMUP
 from smlstm.data.prices import load_prices
 from smlstm.learning.settings import TrainConfig
 from smlstm.model.model import SMLSTM
-from smlstm.using.forecaster import Forecaster, fit_forecaster, fit_panel, to_long
+from smlstm.using.forecaster import Forecaster, fit_panel, to_long
 from smlstm.using.panels import WindowConfig
 from smlstm.using.storage import ForecasterFileError
 from smlstm.using.streams import flat_tensors, open_stream
@@ -431,28 +431,3 @@ def test_cross_validation_looks_at_no_later_bar():
     told = [c for c in a if c.startswith("forecast_") or c == "up_probability"]
     assert early.sum() > 300
     pd.testing.assert_frame_equal(a.loc[early, told], b.loc[early, told])
-
-
-@pytest.mark.slow
-def test_one_bar_costs_a_fiftieth_of_reading_twenty_years():
-    "The least processor time of many runs, taken in turns: what other processes add is not the code's."
-    import time
-
-    def least(f, runs):
-        times = []
-        for _ in range(runs):
-            began = time.process_time()
-            f()
-            times.append(time.process_time() - began)
-        return min(times)
-
-    frame = load_prices("SPY", source="sample").frame
-    fitted, _ = fit_forecaster(
-        build_table(frame), slice(0, 2000), training=TrainConfig(epochs=1), progress=False
-    )  # a model of the usual size
-    fitted.start(frame.iloc[:-241]).update(frame.iloc[[-241]])
-    new = iter([frame.iloc[[row]] for row in range(-240, 0)])
-    one, whole = zip(
-        *[(least(lambda: fitted.update(next(new)), 24), least(lambda: fitted.predict(frame), 2)) for _ in range(10)]
-    )
-    assert min(whole) / min(one) > 50, (min(whole), min(one))
