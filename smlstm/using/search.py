@@ -202,10 +202,11 @@ def _result_of(plan: _Plan, study: Any) -> SearchResult:
     ensemble = {"ensemble": bool(chosen["scales"])} if "scales" in chosen else {}
     parameters = {"horizon": plan.horizon, **flat, **ensemble, "search_trials": len(ended)}
     parameters |= {} if plan.n_splits is None else {"n_splits": plan.n_splits}
-    known = {"calendar_features": plan.calendar_features} if plan.calendar_features else {}
-    best_settings = _configuration(chosen, plan.horizon) | known
-    parameters |= {name: True for name in known}  # of a run: by the exchange of its ticker
-    return SearchResult(best_settings, best.value, pd.DataFrame(rows), parameters)
+    settings = _configuration(chosen, plan.horizon)
+    if plan.calendar_features:
+        settings["calendar_features"] = plan.calendar_features
+        parameters["calendar_features"] = True  # of a run: by the exchange of its ticker
+    return SearchResult(settings, best.value, pd.DataFrame(rows), parameters)
 
 # %% ../../nbs/using/55a_search.ipynb #38d02621
 def search(

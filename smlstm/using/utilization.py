@@ -44,7 +44,7 @@ def describe_utilization(host_ms: float, device_ms: float | None, batch_size: in
     if device_ms is None:
         return text
     found = Utilization(host_ms, device_ms)
-    text += f", device {device_ms:.1f} ms by its compiler: it works {min(found.share, 1):.0%} of the time"
+    text += f", device {device_ms:.1f} ms by its compiler: it works {found.share:.0%} of the time"
     if found.share >= 0.5:
         return text
     return f"{text}, bound by the host: batch_size={batch_for_half(found, batch_size)} would make it half"
