@@ -52,6 +52,28 @@ def test_predict_from_another_source(folder, tmp_path, capsys):
     assert pd.Timestamp(forecast["date"]) == frame.index[-6]
 
 
+def test_predict_fits_again_when_it_is_due(folder, tmp_path, capsys):
+    """Forty bars after the run: not due at 41, due at 40; then the saved model has been fitted on all of them."""
+    prices = load_prices("SPY", "sample", start=SMALL["start"]).frame
+    prices.iloc[:-40].to_csv(tmp_path / "old.csv")
+    prices.to_csv(tmp_path / "new.csv")
+    options = {"output_dir": str(tmp_path), **SMALL, "epochs": 1, "source": str(tmp_path / "old.csv")}
+    older = smlstm.run(options).folder
+    saved = lambda: (older / "model.safetensors").read_bytes()
+    ask = ["predict", str(older), "--json", "--source", str(tmp_path / "new.csv"), "--refit-every"]
+    before = saved()
+    assert main([*ask, "41"]) == 0 and saved() == before
+    first = json.loads(capsys.readouterr().out)
+    assert main([*ask, "40"]) == 0 and saved() != before
+    second = json.loads(capsys.readouterr().out)
+    assert "Fitted again" in second["data"][-1] and len(first["data"]) == 1
+    assert second["forecasts"][0]["date"] == first["forecasts"][0]["date"]
+    assert smlstm.Forecaster.load(older).bars_since_fit(prices) == 0
+    with pytest.raises(SystemExit):
+        main([*ask, "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
 def test_predict_names_a_folder_without_a_model(tmp_path, capsys):
     assert main(["predict", str(tmp_path)]) == 2
     error = capsys.readouterr().err

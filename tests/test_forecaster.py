@@ -22,7 +22,8 @@ from smlstm.data.features import WARMUP
 from smlstm.data.prices import load_prices
 from smlstm.learning.settings import TrainConfig
 from smlstm.model.model import SMLSTM
-from smlstm.using.forecaster import Forecaster, fit_panel, to_long
+from smlstm.using.forecaster import Forecaster, fit_panel
+from smlstm.using.horizons import to_long
 from smlstm.using.panels import WindowConfig
 from smlstm.using.storage import ForecasterFileError
 from smlstm.using.streams import flat_tensors, open_stream

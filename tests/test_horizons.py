@@ -18,8 +18,8 @@ from smlstm.model.losses import CurriculumWeights, MultiObjectiveLoss
 from smlstm.model.model import SMLSTM, Forecast, SMLSTMConfig
 from smlstm.using.commands import parse_parameters
 from smlstm.using.estimator import ForecasterRegressor
-from smlstm.using.forecaster import Forecaster, fit_panel, to_long
-from smlstm.using.horizons import split_horizons
+from smlstm.using.forecaster import Forecaster, fit_panel
+from smlstm.using.horizons import split_horizons, to_long
 from smlstm.using.panels import WindowConfig, split_panel
 from smlstm.using.parameters import ParameterError, check_parameters
 from smlstm.using.run import run

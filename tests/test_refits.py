@@ -68,6 +68,45 @@ def test_a_warm_start_of_a_panel_is_saved_loaded_and_streamed(tmp_path):
     assert loaded.bars_since_fit(both) == 0
 
 
+def test_a_running_forecaster_is_fitted_again_when_it_is_due(fitted, tmp_path):
+    """After 60 new bars: not due at 61, due at 60: then the warm fit that one would make, saved and loaded."""
+    prices, before = bars(), weights(fitted).clone()
+    waiting, due = copied(fitted), copied(fitted)
+    assert not waiting.refit_if_due(prices, 61, progress=False)
+    assert torch.equal(weights(waiting), before) and waiting.bars_since_fit(prices) == 60
+    assert waiting.predict().equals(copied(fitted).start(prices).predict())
+    assert due.refit_if_due(prices, 60, progress=False) and due.bars_since_fit(prices) == 0
+    by_hand = copied(fitted).fit(prices, warm_start=True, progress=False)
+    assert torch.equal(weights(due), weights(by_hand)) and due.predict().equals(by_hand.predict())
+    due.save(tmp_path)
+    assert not Forecaster.load(tmp_path).refit_if_due(prices, 1, progress=False)
+    cold = copied(fitted)
+    assert cold.refit_if_due(prices, 1, warm_start=False, progress=False)
+    assert torch.equal(weights(cold), weights(Forecaster(**SMALL).fit(prices, progress=False)))
+
+
+def test_a_running_panel_is_due_with_its_first_series():
+    """Ten new bars of one series are enough; the one that stood still is fitted again with it."""
+    spy, qqq = bars(), bars(ticker="QQQ")
+    panel = Forecaster(**SMALL).fit({"SPY": spy.iloc[:-10], "QQQ": qqq.iloc[:-10]}, progress=False)
+    late = {"SPY": spy, "QQQ": qqq.iloc[:-10]}
+    assert not copied(panel).refit_if_due(late, 11, progress=False)
+    assert panel.refit_if_due(late, 10, progress=False)
+    assert panel.predict().date.tolist() == [spy.index[-1], qqq.index[-11]]
+
+
+def test_an_ensemble_is_fitted_as_a_whole_when_it_is_due():
+    several = SMALL | {"architecture": SMALL["architecture"] | {"scales": [1, 5]}}
+    ensemble = Forecaster(**several).fit(bars().iloc[:-5], progress=False)
+    assert ensemble.refit_if_due(bars(), 5, progress=False) and ensemble.bars_since_fit(bars()) == 0
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "66", True])
+def test_when_to_fit_again_is_a_number_of_bars(fitted, wrong):
+    with pytest.raises(ValueError, match=f"refit_every={wrong!r}: must be a whole number of bars"):
+        copied(fitted).refit_if_due(bars(), wrong)
+
+
 def test_the_short_training():
     short = warm_training(TrainConfig(epochs=30, learning_rate=0.002, seed=5, pos_weight=1.5))
     assert (short.epochs, short.warmup_epochs, short.patience) == (3, 0, 1)

@@ -72,7 +72,9 @@ def train_command(ticker: str, pairs: Sequence[str]) -> CommandOutput:
     return CommandOutput(f"{output.with_suffix('')} holds the report and the model, {output} the figures")
 
 # %% ../../nbs/using/55_commands.ipynb #17ce4fb1
-def predict_command(folder: str, as_json: bool = False, source: str | None = None) -> CommandOutput:
+def predict_command(
+    folder: str, as_json: bool = False, source: str | None = None, refit_every: int | None = None
+) -> CommandOutput:
     "The forecast after the last bar, from the prices that the run in `folder` used, up to date."
     from smlstm.data.prices import load_prices
     from smlstm.using.forecaster import Forecaster
@@ -85,9 +87,14 @@ def predict_command(folder: str, as_json: bool = False, source: str | None = Non
     names = ("source", "start", "interval", "date_format", "cache_dir")
     options = {name: asked[name] for name in names if name in asked} | ({"source": source} if source else {})
     prices = {name: load_prices(name, **options) for name in asked["ticker"].split(",")}
-    found = forecaster.predict(prices if len(prices) > 1 else next(iter(prices.values())))
+    history = prices if len(prices) > 1 else next(iter(prices.values()))
+    refitted = refit_every is not None and forecaster.refit_if_due(history, refit_every)
+    if refitted:
+        forecaster.save(folder)
+    found = forecaster.predict(history)
     rows = found.to_dict("records")
     banners = [one.provenance.banner for one in prices.values()]
+    banners += [f"Fitted again on these prices, from the last weights; {folder} holds the new model"] * refitted
     if as_json:
         return CommandOutput(json.dumps({"data": banners, "forecasts": jsonable(rows)}, indent=1, allow_nan=False))
     return CommandOutput("\n".join([*banners, *("\n" + _aligned(row) for row in rows)]))
@@ -128,6 +135,13 @@ def audit_command(function: str, prices: str, interval: str = "1d", cuts: int = 
     return CommandOutput(str(report), 0 if report.causal else 1)
 
 # %% ../../nbs/using/55_commands.ipynb #214a2dbe
+def _bars(text: str) -> int:
+    "A number of bars from the command line."
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of bars, at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     "The commands and their arguments."
     parser = argparse.ArgumentParser(
@@ -142,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", help="of a run, such as runs/SPY")
     one.add_argument("--json", action="store_true", help="for another program to read")
     one.add_argument("--source", help="auto, yahoo, sample, or a .csv or .parquet file, in place of the run's own")
-    one.set_defaults(call=lambda asked: predict_command(asked.folder, asked.json, asked.source))
+    one.add_argument(
+        "--refit-every", type=_bars, metavar="BARS", help="fit again, and save, once so many bars have come"
+    )
+    one.set_defaults(call=lambda a: predict_command(a.folder, a.json, a.source, a.refit_every))
     one = commands.add_parser("audit", help="whether a function of prices looks ahead")
     one.add_argument("function", help="file.py:function, called with a price frame")
     one.add_argument("prices", help="a .csv or .parquet file of bars")

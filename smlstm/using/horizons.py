@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGET_COLUMNS', 'as_horizons', 'horizon_setting', 'bars_ahead', 'target_frame', 'targets_at', 'known_targets',
-           'heads_at', 'join_horizons', 'split_horizons']
+           'heads_at', 'join_horizons', 'split_horizons', 'to_long']
 
 # %% ../../nbs/using/42a_horizons.ipynb #14aaffef
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,3 +91,12 @@ def split_horizons(frame: pd.DataFrame, horizon: Any = None) -> dict[int, pd.Dat
         int(one): part.drop(columns="horizon").reset_index(drop=True)
         for one, part in frame.groupby("horizon", sort=True)
     }
+
+# %% ../../nbs/using/42a_horizons.ipynb #1b2cad5f
+def to_long(forecasts: pd.DataFrame) -> pd.DataFrame:
+    "Forecasts of `predict`, `update` or `cross_validation`, named as in neuralforecast."
+    names = {"unique_id": "unique_id", "target_date": "ds", "date": "cutoff", "horizon": "horizon", "actual_close": "y"}
+    for name in forecasts:
+        if name.startswith(("forecast_close", "forecast_variance", "up_")):
+            names[name] = name.replace("forecast_close", "SMLSTM").replace("forecast_variance", "variance")
+    return forecasts[[name for name in names if name in forecasts]].rename(columns=names)
