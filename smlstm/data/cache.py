@@ -30,8 +30,7 @@ from smlstm.data.request import (
     FetchError,
     NoPrices,
     TransientFailure,
-    check_interval,
-    check_ticker,
+    check_series,
     oldest_bar,
     parse_range,
     utc_now,
@@ -237,7 +236,7 @@ def get_stock_data(
     delay: float = 10,  # see `safe_fetch`
 ) -> pd.DataFrame:  # price frame
     "A long history, fetched in chunks side by side and resumed after an interruption. Raises as `safe_fetch` does."
-    ticker, interval = check_ticker(ticker), check_interval(interval)
+    ticker, interval = check_series(ticker, interval)
     check_patience(retries, delay, max_workers)
     first, last = parse_range(start_date, end_date, interval)
     with cache_folder(cache_dir) as folder:

@@ -22,8 +22,7 @@ from smlstm.data.request import (
     InvalidRequest,
     NoPrices,
     YahooUnreachable,
-    check_interval,
-    check_ticker,
+    check_series,
     is_intraday,
     parse_moment,
     parse_range,
@@ -126,7 +125,7 @@ def load_prices(
     date_format: str | None = None,  # how a file writes its dates, such as "%d/%m/%Y", where they are ambiguous
 ) -> Prices:  # a checked price frame and its provenance
     "Prices, and what they are. Raises a `FetchError` that names the reason and what to do."
-    ticker, interval = check_ticker(ticker), check_interval(interval)
+    ticker, interval = check_series(ticker, interval)
     check_patience(retries, delay)
     if source == "sample":
         prices = _load_sample(ticker, interval, start, end)

@@ -96,6 +96,11 @@ def is_intraday(interval: str) -> bool:
     "Whether bars of this length are labelled by UTC instants; longer ones are labelled by dates."
     return INTERVALS[interval].length < pd.Timedelta(days=1)
 
+# %% ../../nbs/data/11_request.ipynb #eb88628e
+def check_series(ticker: str, interval: str) -> tuple[str, str]:
+    "Symbol in upper case and bar length of one series of prices; `InvalidRequest` names the wrong one."
+    return check_ticker(ticker), check_interval(interval)
+
 # %% ../../nbs/data/11_request.ipynb #65404114
 def parse_moment(value: Any, interval: str, name: str) -> pd.Timestamp:
     "A date for daily and longer bars, a UTC instant for intraday ones; `InvalidRequest` names the argument `name`."

@@ -30,10 +30,8 @@ from smlstm.data.request import (
     TransientFailure,
     UnknownTicker,
     YahooUnreachable,
-    check_interval,
-    check_ticker,
+    check_series,
     is_intraday,
-    parse_moment,
     parse_range,
     utc_now,
 )
@@ -349,7 +347,7 @@ def safe_fetch(
     interval: str = "1d",  # one of `INTERVALS`
 ) -> pd.DataFrame:  # price frame
     "One request's worth of prices, tried until it is whole. Permanent failures are subclasses of `FetchError`."
-    ticker, interval = check_ticker(ticker), check_interval(interval)
+    ticker, interval = check_series(ticker, interval)
     check_patience(retries, delay)
     first, last = parse_range(start, end, interval)
     require_yahoo()
@@ -369,4 +367,4 @@ def fetch_chunk(
     try:
         return safe_fetch(ticker, start, end, retries, delay, interval)
     except NoPrices:
-        return empty_frame(parse_moment(start, interval, "start"))
+        return empty_frame(parse_range(start, end, interval)[0])

@@ -292,10 +292,10 @@ def mixed_memory(state: MixedState, regime: Tensor, mix: Mixing) -> Tensor:
 
 # %% ../../nbs/model/05_mixing.ipynb #312963b7
 def mixed_chunkwise(
-    q: Tensor,  # [B, H, T, d]
-    k: Tensor,  # [B, H, T, d]
-    v: Tensor,  # [B, H, T, e]
-    log_i: Tensor,  # [B, H, T]
+    q: Tensor,  # q, k [B, H, T, d], v [B, H, T, e], gates [B, H, T], mix and state: as of `mixed_recurrent`
+    k: Tensor,
+    v: Tensor,
+    log_i: Tensor,
     log_f: Tensor,
     mix: Mixing,
     theta: float = 1.0,  # floor of the normalizer
