@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from smlstm.data.features import make_targets, prepare_data, variance_proxy
-from smlstm.data.windows import Fold, time_folds
-from smlstm.judging.baselines import add_baselines, ewma_variance, linear_forecast, refit_folds
+from smlstm.data.windows import Fold, refit_folds, time_folds
+from smlstm.judging.baselines import add_baselines, ewma_variance, linear_forecast
 from smlstm.judging.evaluation import comparison_table, deflated_sharpe, evaluate, illustrate
 from smlstm.judging.intervals import conformal_intervals
 from smlstm.judging.scores import evaluate_fold, head_forecasts, interval_coverage, known_forecasts, share_interval

@@ -11,7 +11,7 @@ import torch
 
 from smlstm.data.features import latest_features, make_targets, prepare_data, variance_proxy, variance_scale
 from smlstm.data.files import find_committed, is_sealed, write_together
-from smlstm.data.windows import Fold, create_sequences, create_tpu_dataloader, fit_scaler, time_folds
+from smlstm.data.windows import Fold, create_sequences, create_tpu_dataloader, fit_scaler, learned_stop, time_folds
 from smlstm.using.panels import WindowConfig, split_panel, split_rows
 from smlstm.using.walkforward import panel_folds, walk_forward
 
@@ -150,6 +150,12 @@ def test_folds_of_one_series():
     "Twenty rows in three folds: a test part is a quarter, and targets that reach two rows ahead cost two rows."
     folds = [(range(20)[fold.train], range(20)[fold.test]) for fold in time_folds(20, 3, gap=2)]
     assert folds == [(range(0, 3), range(5, 10)), (range(0, 8), range(10, 15)), (range(0, 13), range(15, 20))]
+
+
+def test_rows_to_learn_from_have_their_outcomes_before_the_test():
+    "Row 100 is tested first, targets reach 5 rows ahead: the outcome of row 94 is on row 99, that of 95 on row 100."
+    assert learned_stop(100, 5) == 95
+    assert (learned_stop(5, 5), learned_stop(3, 5)) == (0, 0)  # none, never rows from the end
 
 
 def calendar_table(index, horizon):

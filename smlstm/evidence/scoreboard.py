@@ -21,7 +21,7 @@ import torch
 
 from ..data.files import write_json
 from ..data.prices import load_prices
-from ..data.windows import Fold
+from ..data.windows import Fold, learned_stop
 from . import figures as planted
 from .baselines import ablations
 from .figures import CONTENDERS, SMALL, Figure, _in_words, scoreboard
@@ -121,11 +121,11 @@ def calendar_folds(
     last: int = 2018,  # last year that is tested
     years: int = 4,  # of a fold
 ) -> list[Fold]:
-    "A fold for every few calendar years, named after its first: everything before it trains, less a gap of one row."
+    "A fold for every few calendar years, named after its first: everything before it trains, less the gap."
     starts = list(range(first, last + 1, years))
     rows = [int(dates.searchsorted(pd.Timestamp(f"{year}-01-01"))) for year in (*starts, last + 1)]
     return [
-        Fold(year, slice(0, begin - 1), slice(begin, min(end, known)))
+        Fold(year, slice(0, learned_stop(begin, horizon=1)), slice(begin, min(end, known)))
         for year, begin, end in zip(starts, rows, rows[1:])
     ]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'ewma_variance', 'har_variance', 'tuned_ewma_variance', 'leverage_har_variance', 'garch_variance',
-           'autoregressive_return', 'linear_forecast', 'boosted_forecast', 'refit_folds', 'add_baselines']
+           'autoregressive_return', 'linear_forecast', 'boosted_forecast', 'add_baselines']
 
 # %% ../../nbs/judging/34_baselines.ipynb #369e957e
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.features import VARIANCE_FLOOR, make_targets, variance_proxy
 from ..data.frequencies import frequency_of
-from ..data.windows import Fold
+from ..data.windows import gap_rows, learned_stop
 from .metrics import qlike, qlike_scale
 
 # %% ../../nbs/judging/34_baselines.ipynb #f2083f12
@@ -141,7 +141,7 @@ def autoregressive_return(
     return _least_squares(x, pd.Series(np.log(close.shift(-horizon) / close)), train)
 
 # %% ../../nbs/judging/34_baselines.ipynb #cf0c43bc
-def _tuned(model, strengths: list[float], scoring: str, gap: int):
+def _tuned(model, strengths: list[float], scoring: str, horizon: int):
     "The model behind a scaler, its penalty chosen by walking forward inside the rows it is fitted on."
     from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
     from sklearn.pipeline import make_pipeline
@@ -150,7 +150,7 @@ def _tuned(model, strengths: list[float], scoring: str, gap: int):
     name = type(model).__name__.lower()
     parameter = f"{name}__{'alpha' if name == 'ridge' else 'C'}"
     chain = make_pipeline(StandardScaler(), model)
-    return GridSearchCV(chain, {parameter: strengths}, scoring=scoring, cv=TimeSeriesSplit(3, gap=gap))
+    return GridSearchCV(chain, {parameter: strengths}, scoring=scoring, cv=TimeSeriesSplit(3, gap=gap_rows(horizon)))
 
 
 def _log_reference(reference: pd.Series | None, features: pd.DataFrame) -> pd.Series:
@@ -204,7 +204,7 @@ def _boosted(x: pd.DataFrame, y: pd.Series, rows: list[int], horizon: int, **opt
     import lightgbm as lgb
 
     valid = rows[-max(1, round(0.15 * len(rows))) :]
-    learn = rows[: len(rows) - len(valid) - horizon]
+    learn = rows[: learned_stop(len(rows) - len(valid), horizon)]
     first, rest = (lgb.Dataset(x.iloc[r], y.iloc[r], free_raw_data=False) for r in (learn, valid))
     stop = lgb.early_stopping(30, verbose=False)
     return lgb.train({**_TREES, **options}, first, 500, [rest], callbacks=[stop])
@@ -234,20 +234,6 @@ def boosted_forecast(
     }
     return pd.DataFrame(columns, new.index)
 
-# %% ../../nbs/judging/34_baselines.ipynb #db0db3b3
-def refit_folds(
-    folds: list[Fold],  # from `time_folds`
-    every: int,  # test rows of a block
-) -> list[Fold]:
-    "The folds cut into blocks that keep the number of their fold; each block is a fold of its own."
-    blocks = []
-    for fold in folds:
-        for start in range(fold.test.start, fold.test.stop, every):
-            moved = start - fold.test.start
-            train = slice(fold.train.start + (moved if fold.train.start else 0), fold.train.stop + moved)
-            blocks.append(Fold(fold.number, train, slice(start, min(start + every, fold.test.stop))))
-    return blocks
-
 # %% ../../nbs/judging/34_baselines.ipynb #b89ab295
 def add_baselines(
     forecasts: pd.DataFrame,  # a forecast frame
@@ -266,7 +252,7 @@ def add_baselines(
     for _, fold in forecasts.assign(_row=rows).groupby("fold", sort=False):
         for start in range(0, len(fold), refit_every or len(fold)):
             block = fold.iloc[start : start + (refit_every or len(fold))]
-            known = slice(0, block._row.iloc[0] - horizon)
+            known = slice(0, learned_stop(block._row.iloc[0], horizon))
             columns = _fold_baselines(prices, known, horizon)
             if features is not None:
                 columns = columns.join(_linear_columns(prices, features, known, horizon))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.windows import gap_rows, learned_stop
 from ..judging.metrics import level_slope, shrinkage
 from .tables import Scaled, Table
 
@@ -43,12 +44,12 @@ def ridge_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> list[Line]:
 BLOCKS = 5
 
 
-def held_out_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray, gap: int) -> np.ndarray:
+def held_out_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray, horizon: int) -> np.ndarray:
     "For each penalty forecasts [penalties, n] of each block by a fit on the others; 0 where no rows are left to fit."
     n, out = len(x), np.zeros((len(PENALTIES), len(x)))
     edges = np.linspace(0, n, BLOCKS + 1).astype(int)
     for start, stop in zip(edges, edges[1:]):
-        kept = np.r_[: max(start - gap, 0), min(stop + gap, n) : n]
+        kept = np.r_[: learned_stop(start, horizon), min(stop + gap_rows(horizon), n) : n]
         if len(kept) > 1:
             lines = ridge_lines(x[kept], y[kept], weight[kept])
             out[:, start:stop] = [line(x[start:stop]) for line in lines]

@@ -22,7 +22,15 @@ import torch
 from torch import nn
 
 from ..data.frequencies import DAILY, Frequency, frequency_of
-from ..data.windows import SequenceDataset, SequenceLoader, create_sequences, create_tpu_dataloader, join_sequences
+from smlstm.data.windows import (
+    SequenceDataset,
+    SequenceLoader,
+    create_sequences,
+    create_tpu_dataloader,
+    gap_rows,
+    join_sequences,
+    learned_stop,
+)
 from ..learning.device import pick_device
 from ..learning.history import History
 from ..learning.settings import TrainConfig
@@ -84,11 +92,11 @@ def split_rows(train: slice, horizon: int, windows: WindowConfig) -> Split:
     "Set the last rows aside for validation. `ValueError` where a part is shorter than one window."
     rows, windows = train.stop - train.start, windows.filled()
     valid = max(windows.seq_length, round(rows * windows.valid_share))
-    learn = rows - valid - horizon
+    learn = learned_stop(rows - valid, horizon)
     if learn < windows.seq_length:
         raise ValueError(
             f"{rows} training rows are too few for windows of {windows.seq_length}: "
-            f"give at least {2 * windows.seq_length + horizon} rows, or a smaller seq_length or n_splits"
+            f"give at least {2 * windows.seq_length + gap_rows(horizon)} rows, or a smaller seq_length or n_splits"
         )
     return Split(slice(train.start, train.start + learn), slice(train.stop - valid, train.stop))
 
@@ -111,14 +119,15 @@ def _first_validated(rows: Sequence[pd.DatetimeIndex], horizon: int, windows: Wi
 def _split_at(first: pd.Timestamp, name: Any, table: Table, train: slice, windows: WindowConfig) -> Split:
     "The split of one series whose validation begins at `first`. `SeriesError` where a part is shorter than one window."
     start = max(int(table.features.index.searchsorted(first)), train.start)
-    before, after = start - table.horizon - train.start, train.stop - start
+    stop = learned_stop(start, table.horizon)
+    before, after = stop - train.start, train.stop - start
     if min(before, after) < windows.seq_length:
         short, where = (after, "after") if after <= before else (before, "before")
         raise SeriesError(
             f"series {name!r}: {max(short, 0)} rows {where} {first} are too few "
             f"for windows of {windows.seq_length}: leave it out, or give a smaller seq_length"
         )
-    return Split(slice(train.start, start - table.horizon), slice(start, train.stop))
+    return Split(slice(train.start, stop), slice(start, train.stop))
 
 # %% ../../nbs/using/44_panels.ipynb #93a0e7d7
 _logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..data.frequencies import FREQUENCIES
 from ..data.request import INTERVALS, check_interval, check_ticker
-from ..data.windows import time_folds
+from ..data.windows import gap_rows, time_folds
 from ..learning.device import pick_device
 from .horizons import as_horizons, horizon_setting
 from .panels import WindowConfig, split_rows
@@ -274,7 +274,7 @@ def check_history(
     length, splits, horizon = parameters["seq_length"], parameters["n_splits"], max(as_horizons(parameters["horizon"]))
     warmup = FREQUENCIES[parameters.get("interval", "1d")].warmup
     try:
-        train = time_folds(max(0, rows - warmup - horizon), splits, gap=horizon)[0].train
+        train = time_folds(max(0, rows - warmup - horizon), splits, gap_rows(horizon))[0].train
         if parameters.get("ensemble"):
             train = inner_folds(train, horizon=horizon)[0][0]
         split_rows(train, horizon, WindowConfig(length))

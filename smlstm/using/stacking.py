@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm.auto import tqdm
 
-from ..data.windows import time_folds
+from ..data.windows import gap_rows, time_folds
 from ..judging.metrics import direction_slope, level_slope
 from ..learning.history import History
 from ..learning.objectives import make_objective
@@ -48,7 +48,7 @@ def inner_folds(train: slice, n_folds: int = 2, horizon: int = 1) -> list[tuple[
     moved = lambda rows: slice(rows.start + train.start, rows.stop + train.start)
     return [
         (moved(fold.train), moved(fold.test))
-        for fold in time_folds(length, n_folds, gap=horizon, test_size=max(1, length // (2 * n_folds)))
+        for fold in time_folds(length, n_folds, gap_rows(horizon), test_size=max(1, length // (2 * n_folds)))
     ]
 
 # %% ../../nbs/using/42_stacking.ipynb #8947af2b
