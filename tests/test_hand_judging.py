@@ -35,6 +35,7 @@ from smlstm.judging.metrics import (
 )
 from smlstm.judging.scores import share_interval
 from smlstm.judging.skill import clark_west_test, direction_test, holm, loss_difference_test, skill_tests, verdicts
+from smlstm.judging.voltarget import target_numbers, target_rules, volatility_target
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +366,51 @@ def test_a_year_of_trading_by_hand():
     assert out.turnover == pytest.approx(100 * (1 + 1 + 1 + 2) / 4)
     assert out.max_drawdown == pytest.approx(0.012)
     assert illustrate(traded([-0.1, 0.5], [0.9, 0.9]), cost=0).max_drawdown == pytest.approx(0.1)  # from the start
+
+
+def test_a_volatility_target_by_hand():
+    "Target 20%, forecasts 20, 10, 40 and 20%: positions 1, 1.5 (the cap), 0.5 and 1. One percent of trades is lost."
+    frame = traded([0.10, -0.10, 0.0, 0.20], 0.5).assign(forecast_volatility=[0.2, 0.1, 0.4, 0.2])
+    out = volatility_target(frame, target=0.2, cap=1.5, cost=0.01, bars_per_year=1)
+    assert out.frame.position.tolist() == pytest.approx([1, 1.5, 0.5, 1])
+    bought = np.array([1, 0.5, 1.35 / 0.85 - 0.5, 0.5])  # 1.5 in what fell by a tenth is 1.35 of 0.85
+    earned = np.array([0.1, -0.15, 0, 0.2]) - 0.01 * bought
+    assert out.frame["return"].tolist() == pytest.approx(earned)
+    assert out.turnover == pytest.approx(bought.mean()) and out.annual_return == pytest.approx(earned.mean())
+    quarterly = volatility_target(frame, target=0.4, cap=1.5, cost=0.01, bars_per_year=4)  # 40% a year, 20% a quarter
+    assert quarterly.frame.position.tolist() == pytest.approx(out.frame.position.tolist())
+    assert quarterly.turnover == pytest.approx(4 * out.turnover)
+
+
+def test_a_volatility_target_as_an_account():
+    "Shares and cash of an account that is set to its weights at each close, without costs."
+    rng = np.random.default_rng(0)
+    moves, volatility = rng.normal(0, 0.02, 200), rng.uniform(0.05, 0.4, 200)
+    out = volatility_target(
+        traded(moves, 0.5).assign(forecast_volatility=volatility), target=0.2, cap=2, cost=0, bars_per_year=1
+    )
+    price, shares, cash, wealth, turned = 50.0, 0.0, 1000.0, [], 0.0
+    for move, deviation in zip(moves, volatility):
+        own = shares * price + cash
+        wanted = min(2, 0.2 / deviation) * own / price
+        turned += abs(wanted - shares) * price / own
+        cash, shares, price = cash - (wanted - shares) * price, wanted, price * (1 + move)
+        wealth.append((shares * price + cash) / 1000)
+    assert out.frame.wealth.tolist() == pytest.approx(wealth)
+    assert out.turnover == pytest.approx(turned / 200)
+
+
+def test_a_volatility_target_stands_beside_the_same_rule_and_holding():
+    "EWMA four times the model's variance has half its position; always in is the plain rule; losing all is the end."
+    frame = traded([0.01, -0.02, 0.01], 0.5).assign(forecast_volatility=0.2, ewma_variance=4e-4)
+    rules = target_rules(frame, bars_per_year=1, target=0.1)
+    positions = {name: rule.frame.position.iloc[0] for name, rule in rules.items()}
+    assert positions == pytest.approx({"target, by the model": 0.5, "target, by EWMA": 0.25, "always in": 1.0})
+    numbers = target_numbers(frame)
+    assert list(numbers) == list(rules) and target_numbers(frame, horizon=2) == {}
+    assert numbers["always in"]["mean_position"] == 1 and numbers["target, by the model"]["mean_position"] < 1
+    lost = traded([-0.9, 0.5], 0.5).assign(forecast_volatility=0.01)
+    assert volatility_target(lost, cap=1.5, bars_per_year=1).frame.wealth.tolist() == [0, 0]
 
 
 def test_deflated_sharpe_by_hand():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_scores', 'evaluate', 'confidence_set', 'comparison_table', 'compare', 'deflated_sharpe', 'Illustration',
-           'illustrate']
+           'rule_outcome', 'illustrate', 'rule_numbers', 'illustrations']
 
 # %% ../../nbs/judging/36_evaluation.ipynb #fb1bc059
 import math
@@ -175,6 +175,28 @@ class Illustration(NamedTuple):
     max_drawdown: float  # largest fall of wealth from a former high, or from the start
     frame: pd.DataFrame
 
+# %% ../../nbs/judging/36_evaluation.ipynb #4a63c1e9
+def rule_outcome(
+    dates: ArrayLike,  # on which the returns are known, [n]
+    position: np.ndarray,  # share of the wealth that is held, [n]
+    earned: np.ndarray,  # share of the wealth that is earned after costs, [n]
+    traded: np.ndarray,  # share of the wealth that is bought or sold, [n]
+    yearly: float,  # bars a year
+    trials: int = 1,  # how many rules were tried before this one
+) -> Illustration:
+    "What a position rule has come to, from what it held, traded and earned at each bar."
+    wealth = np.cumprod(1 + earned)
+    mean, deviation = earned.mean() * yearly, earned.std(ddof=1) * math.sqrt(yearly)
+    return Illustration(
+        mean,
+        deviation,
+        mean / deviation if deviation else 0.0,
+        deflated_sharpe(earned, trials),
+        traded.mean() * yearly,
+        float((1 - wealth / np.maximum.accumulate(np.maximum(wealth, 1))).max()),
+        pd.DataFrame({"position": position, "return": earned, "wealth": wealth}, pd.DatetimeIndex(dates)),
+    )
+
 # %% ../../nbs/judging/36_evaluation.ipynb #0d77070d
 def illustrate(
     forecasts: pd.DataFrame,  # forecasts one bar ahead
@@ -190,16 +212,20 @@ def illustrate(
     position = (edge > margin).astype(float) - (edge < -margin) * float(short)
     traded = np.abs(np.diff(position, prepend=0.0))
     earned = position * (f.actual_close / f.close - 1).to_numpy() - cost * traded
-    wealth = np.cumprod(1 + earned)
     yearly = annual_bars(f) if bars_per_year is None else bars_per_year
-    mean, deviation = earned.mean() * yearly, earned.std(ddof=1) * math.sqrt(yearly)
-    columns = {"position": position, "return": earned, "wealth": wealth}
-    return Illustration(
-        mean,
-        deviation,
-        mean / deviation if deviation else 0.0,
-        deflated_sharpe(earned, trials),
-        traded.mean() * yearly,
-        float((1 - wealth / np.maximum.accumulate(np.maximum(wealth, 1))).max()),
-        pd.DataFrame(columns, pd.DatetimeIndex(pd.to_datetime(f.target_date))),
-    )
+    return rule_outcome(pd.to_datetime(f.target_date), position, earned, traded, yearly, trials)
+
+# %% ../../nbs/judging/36_evaluation.ipynb #4511e80c
+def rule_numbers(rule: Illustration) -> dict[str, float]:
+    "What a rule came to, and its mean position; ready for JSON."
+    names = ("annual_return", "annual_volatility", "sharpe", "max_drawdown", "turnover")
+    numbers = {name: float(getattr(rule, name)) for name in names}
+    return numbers | {"mean_position": float(rule.frame.position.mean())}
+
+
+def illustrations(forecasts: pd.DataFrame, horizon: int = 1) -> dict[str, dict[str, float]]:
+    "What two simple rules would have earned; nothing for forecasts of more than one bar."
+    if horizon > 1:
+        return {}
+    rules = {"in above one half": forecasts, "always in": forecasts.assign(up_probability=1.0)}
+    return {name: rule_numbers(illustrate(frame)) for name, frame in rules.items()}

@@ -218,6 +218,11 @@ class Verdict(NamedTuple):
     outcome: str
     reason: str
 
+    @property
+    def words(self) -> str:
+        "The outcome without the number of observations that would be needed: what two verdicts are compared by."
+        return self.outcome.split(" (")[0]
+
     def __str__(self) -> str:
         return f"{self.head}: {self.outcome}. {self.reason}"
 

@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "n_splits": None,
     "search_trials": 0,
     "seed": 0,
+    "seeds": 1,
     "device": "auto",
     "preflight": False,
     "output_dir": "runs",

@@ -156,6 +156,7 @@ RULES = {
     "n_splits": _or_none(_whole(2, 50)),
     "search_trials": _whole(0, 1_000_000),
     "seed": _whole(0, 2**32 - 1),
+    "seeds": _whole(1, 100),
     "device": Rule(f"{_DEVICE.allowed}, and be there", lambda v: _DEVICE.holds(v) and _passes(pick_device)(v)),
     "preflight": _one_of(True, False),
     "output_dir": Rule("a folder that can be written to", _is_writable),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTENDER_NAMES', 'score_table', 'regime_table', 'own_table', 'coverage_table', 'contest_table', 'summary_table',
            'table_html', 'pairs_html', 'figure_sections', 'verdict_cards', 'banner_html', 'next_sentence',
-           'period_text', 'section_html', 'report_sections', 'build_report']
+           'section_html', 'rules_table', 'period_text', 'report_sections', 'build_report']
 
 # %% ../../nbs/using/53_report.ipynb #252eb812
 import math
@@ -21,6 +21,7 @@ from ..judging.foundation import PRETRAINED
 from ..judging.style import price_text
 from .detail_tables import detail_sections, search_sentence
 from .page import figure_html, page_html
+from .seeds import seed_sentence, seed_table
 
 # %% ../../nbs/using/53_report.ipynb #052d30e6
 _SCORES = {  # head, score: column, whose, format
@@ -165,6 +166,8 @@ _FIGURE_NOTES = {
     "What it would have earned": "In when the chance of a rise is above one half, out when not, paying for each "
     "change. Not advice, and no evidence of skill: it leaves out taxes, dividends and panics, and a Sharpe ratio of a "
     "few years is uncertain by about its own size.",
+    "Volatility target": "A position of 10% over the forecast volatility of a year, beside the same rule by EWMA and "
+    "always holding, paying for each change. What it leaves out is under its numbers.",
     "What moved the last forecast": "Contributions of features, of past bars and of the regimes these bars were in, to "
     "the forecast whose outcome is not known yet: exact for the lines, integrated gradients for the network.",
     "Fan over the horizons": "Intervals of the close and of the variance, from the last close on.",
@@ -264,37 +267,67 @@ def _contest(metrics: Mapping) -> str:
         parts.append(f"<section><h2>Did the 90% intervals hold?</h2><p>{note}</p>{table}</section>")
     return "".join(parts)
 
+# %% ../../nbs/using/53_report.ipynb #37fd5e1b
+def section_html(title: str, *parts: str) -> str:
+    "A section of the page."
+    return f"<section><h2>{title}</h2>{''.join(parts)}</section>"
+
 # %% ../../nbs/using/53_report.ipynb #f9e236b0
 _EARNED_NOTE = "After costs. A Sharpe ratio of n years is uncertain by about one over the root of n."
+_TARGET_NOTE = (
+    "At each close the position is 10% over the forecast volatility of a year, at most 1.5 times the wealth, and 0.05% "
+    "of what is traded is paid. These numbers are fixed beforehand; nothing was chosen on these days. The same rule "
+    "with EWMA as its forecast is what the model has to be better than. The position that is always in the market has "
+    "another risk: compare Sharpe ratios and falls, not returns. Left out are interest on what is borrowed and on "
+    "cash, dividends, taxes, and the time between a close and a trade at it; what is borrowed makes falls deeper. It "
+    "is one path: a Sharpe ratio of n years is uncertain by about one over the root of n. Not advice."
+)
 _EARNED_FORMS = {
     "annual_return": "{:+.1%}",
     "annual_volatility": "{:.1%}",
     "sharpe": "{:.2f}",
-    "turnover": "{:.0f} a year",
     "max_drawdown": "{:.0%}",
+    "turnover": "{:.1f} a year",
+    "mean_position": "{:.2f}",
 }
 
 
-def _earned(metrics: Mapping) -> str:
-    "The illustration's numbers as rows; nothing where the run has none."
-    rows = [
-        {"rule": name} | {key.replace("_", " "): _show(facts[key], form) for key, form in _EARNED_FORMS.items()}
-        for name, facts in metrics.get("illustration", {}).items()
-    ]
-    if not rows:
-        return ""
-    return (
-        f"<section><h2>The illustration in numbers</h2><p>{_EARNED_NOTE}</p>{table_html(pd.DataFrame(rows))}</section>"
+def rules_table(rules: Mapping[str, Mapping]) -> pd.DataFrame:
+    "A row for each rule that holds a position, from metrics.json; the cells are text."
+    return pd.DataFrame(
+        {"rule": name}
+        | {key.replace("_", " "): _show(facts[key], form) for key, form in _EARNED_FORMS.items() if key in facts}
+        for name, facts in rules.items()
     )
 
 
+def _earned(metrics: Mapping) -> str:
+    "The illustrations' numbers as rows; nothing where the run has none."
+    sections = (
+        ("illustration", "The illustration in numbers", _EARNED_NOTE),
+        ("volatility_target", "What a volatility target would have earned", _TARGET_NOTE),
+    )
+    return "".join(
+        section_html(title, f"<p>{note}</p>", table_html(rules_table(metrics[name])))
+        for name, title, note in sections
+        if metrics.get(name)
+    )
+
+# %% ../../nbs/using/53_report.ipynb #d9962279
 def _details(metrics: Mapping) -> str:
     "The sections of a run's details; nothing where it has none."
     sections = detail_sections(metrics["details"]) if "details" in metrics else []
     return "".join(
-        f"<section><h2>{escape(part.heading)}</h2><p>{escape(part.note)}</p>{table_html(part.table)}</section>"
-        for part in sections
+        section_html(escape(part.heading), f"<p>{escape(part.note)}</p>", table_html(part.table)) for part in sections
     )
+
+
+def _seeds(metrics: Mapping) -> str:
+    "How far scores and verdicts move with the seed; nothing where the run does not know."
+    if not (rows := metrics.get("seeds")):
+        return ""
+    table = table_html(seed_table(rows)) if len(rows) > 1 else ""
+    return section_html("Scores over seeds", f"<p>{escape(seed_sentence(rows))}</p>", table)
 
 # %% ../../nbs/using/53_report.ipynb #3d662b15
 _SCORES_NOTE = (
@@ -338,11 +371,6 @@ def _latest(forecasts: pd.DataFrame, rows: int = 10) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 # %% ../../nbs/using/53_report.ipynb #54aea899
-def section_html(title: str, *parts: str) -> str:
-    "A section of the page."
-    return f"<section><h2>{title}</h2>{''.join(parts)}</section>"
-
-
 def report_sections(metrics: Mapping, forecasts: pd.DataFrame, figures: Mapping[str, Any]) -> str:
     "The sections about one forecaster's scores and forecasts."
     section, overall = section_html, metrics["overall"]
@@ -350,6 +378,7 @@ def report_sections(metrics: Mapping, forecasts: pd.DataFrame, figures: Mapping[
         section(
             "Scores beside their baselines", _SCORES_NOTE, table_html(score_table(metrics), "total"), _audit(overall)
         ),
+        _seeds(metrics),
         _contest(metrics),
         figure_sections(figures),
         _earned(metrics),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['start_job', 'make_tables', 'train_folds', 'fit_all', 'forecast_tomorrow', 'forecast_text', 'describe_fold',
-           'fold_forecasts', 'add_contenders', 'audit_forecaster', 'illustrations', 'score_forecasts', 'verdict_lines',
+           'fold_forecasts', 'add_contenders', 'audit_forecaster', 'score_forecasts', 'verdict_lines', 'add_seeds',
            'plot_last_memory', 'plot_member_weights', 'report_figures', 'JobResults', 'with_tomorrow',
            'subject_figures', 'ticker_report', 'metrics_by_ticker', 'write_job', 'RunResult', 'run']
 
@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from ..data.frequencies import FREQUENCIES
 from ..data.prices import load_prices
 from ..judging.audit import CausalityReport, audit_causality
 from ..judging.details import evaluate_details
-from ..judging.evaluation import compare, evaluate, illustrate
+from ..judging.evaluation import compare, evaluate, illustrations
 from ..judging.intervals import conformal_intervals
 from ..judging.style import price_text
+from ..judging.voltarget import plot_volatility_target, target_numbers
 from ..learning.history import History
 from .attributions import plot_contributions
 from .ensemble import plot_weights, weight_frame
@@ -42,6 +44,7 @@ from smlstm.using.runfolder import (
     remove_abandoned_training,
     write_run,
 )
+from .seeds import seed_scores
 from .streams import table_of
 from .tables import Table, price_tables
 from .utilization import describe_utilization, device_milliseconds
@@ -81,17 +84,19 @@ def train_folds(
     job: RunJob,
     tables: Mapping[str, Table],
     folds: Iterable[Mapping] | None = None,  # from `panel_folds`; None for all n_splits
+    further: int = 0,  # which of the job's seeds: so many after the first
 ) -> Iterator[FoldForecasts]:
     "Fit and forecast fold by fold; each is computed when it is asked for."
+    training = replace(job.settings["training"], seed=job.parameters["seed"] + further)
     steps = walk_forward(
         tables,
         job.parameters["n_splits"],
         fit=fit_panel,
         folds=folds,
-        checkpoint_dir=job.checkpoints,
+        checkpoint_dir=job.checkpoints / f"seed{further}" if further else job.checkpoints,
         resume=True,
         origins=job.origins,
-        **job.settings,
+        **job.settings | {"training": training},
     )
     while True:
         with job.clock.stage("training"):
@@ -198,16 +203,6 @@ def audit_forecaster(job: RunJob, forecaster: Forecaster) -> CausalityReport:
         last = job.prices[name].frame.iloc[-350 - FREQUENCIES[job.parameters["interval"]].warmup :]
         return audit_causality(heads, last, cuts=2, tolerance=1e-5)
 
-# %% ../../nbs/using/59_run.ipynb #12243d9d
-def illustrations(forecasts: pd.DataFrame, horizon: int) -> dict[str, dict]:
-    "What two simple rules would have earned; nothing for forecasts of more than one bar."
-    if horizon > 1:
-        return {}
-    rules = {"in above one half": forecasts, "always in": forecasts.assign(up_probability=1.0)}
-    numbers = {rule: illustrate(frame)._asdict() for rule, frame in rules.items()}
-    aside = ("frame", "deflated_sharpe")  # the number of rules that were ever tried on these years is not known
-    return {rule: {name: value for name, value in own.items() if name not in aside} for rule, own in numbers.items()}
-
 # %% ../../nbs/using/59_run.ipynb #fd84dfaf
 def score_forecasts(
     job: RunJob,
@@ -217,7 +212,7 @@ def score_forecasts(
     audit: CausalityReport | None = None,
     further: Mapping[str, Any] | None = None,  # metrics of one's own, see `evaluate`
 ) -> dict[Any, dict]:
-    "For all that is judged what `metrics.json` holds: data, folds, overall, comparison, illustration, details."
+    "For all that is judged what `metrics.json` holds: data, folds, overall, comparison, illustrations, details."
     metrics = {}
     with job.clock.stage("evaluation"):
         for key, frame in forecasts.items():
@@ -233,6 +228,7 @@ def score_forecasts(
                 **scores,
                 "comparison": compare(frame, horizon),
                 "illustration": illustrations(frame, horizon),
+                "volatility_target": target_numbers(frame, horizon),
                 "details": evaluate_details(frame, horizon),
             }
     return metrics
@@ -245,6 +241,23 @@ def verdict_lines(metrics: Mapping[Any, Mapping]) -> list[str]:
         for name, own in metrics.items()
         for head, verdict in own["overall"]["verdicts"].items()
     ]
+
+# %% ../../nbs/using/59_run.ipynb #77ca26d1
+def add_seeds(
+    job: RunJob,
+    tables: Mapping[str, Table],
+    folds: Sequence[Mapping],  # from `panel_folds`
+    forecasts: Mapping[Any, pd.DataFrame],  # from `add_contenders`, of the first seed
+    metrics: Mapping[Any, dict],  # from `score_forecasts`
+) -> dict[Any, dict]:
+    "The metrics with `seeds`: scores and verdicts of each of the job's seeds, the first one's too."
+    seed = job.parameters["seed"]
+    frames = {key: {seed: frame} for key, frame in forecasts.items()}
+    for further in range(1, job.parameters["seeds"]):
+        for key, frame in fold_forecasts(job, train_folds(job, tables, folds, further)).items():
+            frames[key][seed + further] = frame
+    spread = {key: seed_scores(own, job.subjects[key].horizon) for key, own in frames.items()}
+    return {key: {**own, "seeds": spread[key]} for key, own in metrics.items()}
 
 # %% ../../nbs/using/59_run.ipynb #dfc84508
 @torch.no_grad()
@@ -322,6 +335,7 @@ def subject_figures(
         more["Member weights"] = plot_member_weights(found.steps[-1].forecaster, tables[name], name, test)
     if horizon == 1:
         more["What it would have earned"] = plot_illustration(own)
+        more["Volatility target"] = plot_volatility_target(own)
     more["What moved the last forecast"] = plot_contributions(moved)
     return report_figures(own, found.history, memory, more)
 
@@ -408,6 +422,7 @@ def _run_job(job: RunJob) -> RunResult:
         steps.append(step)
     forecasts = add_contenders(job, tables, folds, fold_forecasts(job, steps))
     metrics = score_forecasts(job, tables, folds, forecasts, audit_forecaster(job, steps[-1].forecaster))
+    metrics = add_seeds(job, tables, folds, forecasts, metrics)
     for line in verdict_lines(metrics):
         _logger.info(line)
     forecaster, history = fit_all(job, tables)
