@@ -78,7 +78,12 @@ def test_states_may_be_rows_of_a_larger_tensor():
 
 
 def test_seeds_beyond_32_bits_are_taken():
-    seed_everything(2**40 + 1, CPU)
+    drawn = {}
+    for seed in (2**40 + 1, 2**40 + 2, 2**40 + 1):
+        seed_everything(seed, CPU)
+        drawn.setdefault(seed, []).append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    (first, again), (other,) = drawn.values()
+    assert first == again and first[0] != other[0]
 
 
 def test_other_precisions_are_refused():
