@@ -29,13 +29,18 @@ def bare(source):
     return re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
 
 
+def is_widget(output):
+    "Whether an output is a progress bar of Jupyter's, which only a running kernel can draw."
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def keep(cell):
     "The cell without what differs from run to run: counts, addresses in memory, progress bars and log lines."
     cell.metadata.pop("execution", None)
     if cell.cell_type != "code":
         return
     cell.execution_count = None
-    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and not is_widget(output)]
     for output in cell.outputs:
         if "execution_count" in output:
             output.execution_count = None
@@ -50,3 +55,4 @@ def run(notebook, folder, timeout):
     ExecutePreprocessor(timeout=timeout).preprocess(part, {"metadata": {"path": folder}})
     for cell in part.cells:
         keep(cell)
+    notebook.metadata.pop("widgets", None)

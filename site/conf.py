@@ -14,6 +14,7 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"  # what is shown was committed
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # the scripts of widgets would come from a network
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 myst_heading_slug_func = "sphinx_pages.anchor"

@@ -1,5 +1,7 @@
 """The script that keeps what notebooks show, and the site's view of a notebook."""
 
+import re
+import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -52,6 +54,22 @@ def test_outputs_are_kept_and_found_stale(page):
     assert "changed since" in outputs.fault(path)
 
 
+def test_progress_bars_are_not_kept(page):
+    "A bar of Jupyter's is drawn by a running kernel; where there is none its text stays at 0%."
+    outputs, path = page
+    notebook = nbformat.read(path, as_version=4)
+    bar = '{"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}'
+    notebook.cells[1].source = f"display({bar}, raw=True)\n1 + 1"
+    notebook.metadata["widgets"] = {}
+    nbformat.write(notebook, path)
+    outputs.execute(path)
+    notebook = nbformat.read(path, as_version=4)
+    assert [output.data for output in notebook.cells[1].outputs] == [{"text/plain": "2"}]
+    assert "widgets" not in notebook.metadata
+    committed = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "nbs").rglob("*.ipynb")}
+    assert [name for name, text in committed.items() if "jupyter.widget" in text] == []
+
+
 def test_a_notebook_that_fails_is_left_as_it_was(page):
     outputs, path = page
     notebook = nbformat.read(path, as_version=4)
@@ -78,6 +96,32 @@ def test_the_site_shows_no_housekeeping():
     assert site.shown(cell("#| export\nx = 1"), page)["source"] == "x = 1"
     text = {"cell_type": "markdown", "source": ["[a](../LICENSE)"], "metadata": {}}
     assert site.shown(text, page)["source"] == "[a](https://github.com/smlstm/smlstm/blob/main/LICENSE)"
+
+
+def test_the_site_shows_markdown_that_a_cell_writes_as_text():
+    "Inside an output a table stays source text, a heading joins no contents and a link to a notebook leads nowhere."
+    site = script("site")
+    table = ["| a |\n", "| --- |\n", "| [b](other.ipynb) |"]
+    outputs = [
+        {"output_type": "display_data", "data": {"text/markdown": text}, "metadata": {}} for text in ("# H", table)
+    ]
+    cell = {"cell_type": "code", "source": "#| echo: false\nx", "metadata": {}, "outputs": outputs}
+    text = site.shown(dict(cell), site.NBS / "index.ipynb")
+    assert text["cell_type"] == "markdown" and text["source"] == "# H\n\n| a |\n| --- |\n| [b](other.ipynb) |"
+    figure = {"output_type": "display_data", "data": {"image/png": ""}, "metadata": {}}
+    kept = site.shown(dict(cell, outputs=[figure], metadata={}), site.NBS / "index.ipynb")
+    assert kept["cell_type"] == "code" and kept["metadata"]["tags"] == ["remove-input"]
+
+
+def test_the_site_loads_nothing_from_a_network(tmp_path):
+    pytest.importorskip("myst_nb")
+    cells = [nbformat.v4.new_markdown_cell("# Index\n\n$x^2$")]
+    widgets = {"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"1": {"model_name": "Bar"}}}}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=widgets), tmp_path / "index.ipynb")
+    build = [sys.executable, "-m", "sphinx", "-q", "-c", str(ROOT / "site"), str(tmp_path), str(tmp_path / "html")]
+    assert subprocess.run(build, cwd=ROOT).returncode == 0
+    page = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
+    assert "mathjax" in page and re.findall(r"""<(?:script|link)[^>]*(?:src|href)=["']https?://""", page) == []
 
 
 def test_the_reference_holds_every_public_name(tmp_path):
