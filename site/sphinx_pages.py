@@ -1,6 +1,17 @@
 """A Sphinx extension: comments beside arguments (docments) below each docstring, and headings named as by Jupyter."""
 
+import inspect
+
 from fastcore.docments import docments
+
+
+def comments_of(obj):
+    "Comment beside each argument; those of a dataclass stand beside the fields of the classes that it is made of."
+    found = docments(obj)
+    for base in obj.__mro__[1:] if inspect.isclass(obj) else ():
+        if base.__module__.partition(".")[0] == "smlstm":
+            found = {name: text or docments(base).get(name) for name, text in found.items()}
+    return found
 
 
 def add_arguments(app, what, name, obj, options, lines):
@@ -8,7 +19,7 @@ def add_arguments(app, what, name, obj, options, lines):
     if what not in ("function", "method", "class"):
         return
     try:
-        comments = docments(obj)
+        comments = comments_of(obj)
     except Exception:  # builtins and named tuples have no source
         return
     rows = [(argument, " ".join(text.split())) for argument, text in comments.items() if text]

@@ -133,3 +133,15 @@ def test_the_reference_holds_every_public_name(tmp_path):
     names = [name for name in dir(smlstm) if name[0] != "_" and hasattr(smlstm, name)]
     public = [name for name in names if getattr(getattr(smlstm, name), "__module__", "").startswith("smlstm.")]
     assert len(public) > 30 and all(f"## {name}\n" in text for name in public)
+
+
+def test_the_reference_shows_comments_of_inherited_fields(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "site"))
+    import sphinx_pages
+
+    import smlstm
+
+    assert sphinx_pages.comments_of(smlstm.SMLSTMConfig)["theta"] == "floor of the normalizer"
+    lines = ["Docstring."]
+    sphinx_pages.add_arguments(None, "class", "Forecaster", smlstm.Forecaster, None, lines)
+    assert ":param device: where it is trained" in lines
