@@ -84,6 +84,13 @@ def variance_scale(
         raise ValueError("the close never moves in these rows: no scale can be fitted")
     return float(squared.sum() / variance_proxy(frame).iloc[1:].sum())
 
+# %% ../../nbs/data/18_features.ipynb #eb42581f
+def target_columns(close: pd.Series, variance: pd.Series, horizon: int) -> pd.DataFrame:
+    "The targets of each row from closes and the mean variance of the bars ahead: log_return, up, log_variance."
+    ahead = np.log(close).shift(-horizon) - np.log(close)
+    up = (ahead > 0).astype(float).where(ahead.notna())
+    return pd.DataFrame({"log_return": ahead, "up": up, "log_variance": np.log(variance)})
+
 # %% ../../nbs/data/18_features.ipynb #8d1a9b72
 def make_targets(
     frame: pd.DataFrame,  # price frame
@@ -93,15 +100,7 @@ def make_targets(
     if horizon < 1 or horizon != int(horizon):
         raise ValueError(f"horizon must be a whole number of bars, at least 1, got {horizon!r}")
     frame = as_price_frame(frame)
-    close, variance = np.log(frame.close), variance_proxy(frame)
-    ahead = close.shift(-horizon) - close
-    return pd.DataFrame(
-        {
-            "log_return": ahead,
-            "up": (ahead > 0).astype(float).where(ahead.notna()),
-            "log_variance": np.log(variance.rolling(horizon).mean().shift(-horizon)),
-        }
-    )
+    return target_columns(frame.close, variance_proxy(frame).rolling(horizon).mean().shift(-horizon), horizon)
 
 # %% ../../nbs/data/18_features.ipynb #c27e8149
 def _returns(frame: pd.DataFrame, frequency: Frequency = DAILY) -> dict:

@@ -19,6 +19,7 @@ from smlstm.model.kernel_rows import (
     divide_back,
     flat,
     load_inputs,
+    mask_scores,
     normalizer,
     normalizer_back,
     rest_back,
@@ -41,16 +42,6 @@ Full = namedtuple("Full", FULL)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #27c41b37
 @compiled
-def mask_pairs(mask, S, MS):
-    "M_r[u, t] (B_r k_u . q_t)."
-    L, R, _ = S.shape
-    for u in range(L):
-        for r in range(R):
-            for t in range(L):
-                MS[u, r, t] = mask[u, r, t] * S[u, r, t]
-
-
-@compiled
 def load_full(x, s, at, y, A, B, c):
     "Inputs of a chunk, and what is computed of them alone."
     load_inputs(x, s, at, y.i, c)
@@ -58,7 +49,7 @@ def load_full(x, s, at, y, A, B, c):
     np.dot(c.v, A, flat(c.V))
     np.dot(c.k, c.q.T, c.S)
     np.dot(tall(c.keys), c.q.T, tall(c.SR))
-    mask_pairs(y.mask, c.SR, c.MS)
+    mask_scores(y.mask, c.SR, c.MS)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #a4bd8834
 @compiled

@@ -114,12 +114,13 @@ def scale_values(A, v, V):
 
 @compiled
 def mask_scores(mask, S, MS):
-    "M_r[u, t] (k_u . q_t)."
+    "M_r[u, t] S_r[u, t]: scores S [u, r, t] of each regime's keys, or [u, 1, t] of keys that all regimes share."
     L, R, _ = MS.shape
     for u in range(L):
         for r in range(R):
+            score = S[u, r % S.shape[1]]
             for t in range(L):
-                MS[u, r, t] = mask[u, r, t] * S[u, t]
+                MS[u, r, t] = mask[u, r, t] * score[t]
 
 
 @compiled
@@ -128,7 +129,7 @@ def load_rows(x, s, at, y, A, c):
     load_inputs(x, s, at, y.i, c)
     scale_values(A, c.v, c.V)
     np.dot(c.k, c.q.T, c.S)
-    mask_scores(y.mask, c.S, c.MS)
+    mask_scores(y.mask, c.S[:, None], c.MS)
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #ad3c5819
 @compiled

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 
 from ..data.calendars import exchange_calendar
-from ..data.features import has_range, latest_calendar, prepare_data, variance_proxy
+from ..data.features import has_range, latest_calendar, prepare_data, target_columns, variance_proxy
 from ..data.sessions import bar_pattern
 from ..data.windows import Scaler, fit_scaler
 from ..model.model import Forecast
-from .horizons import TARGET_COLUMNS
 
 # %% ../../nbs/using/42c_missing.ipynb #9b030382
 def price_names(prices: pd.DataFrame) -> list[str]:
@@ -114,15 +113,12 @@ def carried(values: pd.Series, index: pd.DatetimeIndex) -> pd.Series:
 # %% ../../nbs/using/42c_missing.ipynb #68129cdb
 def known_target(prices: pd.DataFrame, horizon: int) -> pd.DataFrame:
     "`make_targets` where bars are missing: NaN where a target is not known."
-    close, there = np.log(prices["close"]), prices["close"].notna()
+    there = prices["close"].notna()
     proxy = variance_proxy(prices[there]).reindex(prices.index)
-    ahead = close.shift(-horizon) - close
     enough = there.astype(float).rolling(horizon).mean().shift(-horizon) >= 0.5
     mean = proxy.fillna(0.0).rolling(horizon).sum().shift(-horizon) / horizon
-    known = ahead.notna() & enough
-    up = (ahead > 0).astype(float)
-    columns = dict(zip(TARGET_COLUMNS, (ahead, up, np.log(mean.where(known)))))
-    return pd.DataFrame(columns).where(known)
+    targets = target_columns(prices["close"], mean.where(enough), horizon)
+    return targets.where(targets.log_return.notna() & enough)
 
 # %% ../../nbs/using/42c_missing.ipynb #fee73908
 _MUTED = 1e12  # a scale on which nothing is left of a column

@@ -119,12 +119,12 @@ def _say_unknown(made: Mapping[Any, Sequence[StaticColumn]]) -> None:
 
 # %% ../../nbs/using/42a_static.ipynb #039c7ecc
 def static_values(
-    given: Any,  # see `static_frame`
+    frame: pd.DataFrame | None,  # as `static_frame` gives it
     names: Iterable[Any],  # of series, see `check_row`
     fitted: Sequence[StaticColumn] = (),  # columns of an earlier fit; none: those of these series
 ) -> dict[Any, tuple[StaticColumn, ...]]:
     "The columns with the values of each series. `ValueError` where they are not those of the fit."
-    frame, names = static_frame(given, [one.name for one in fitted if one.categories]), list(names)
+    names = list(names)
     if frame is not None and len(names) < 2 and not fitted:
         _logger.warning("left out, since one series has nothing to differ from: static %s", ", ".join(frame))
     if frame is None or (len(names) < 2 and not fitted):

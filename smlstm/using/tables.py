@@ -22,7 +22,7 @@ from ..data.features import FEATURE_NAMES, has_range, has_volume, make_targets, 
 from ..data.frames import Prices, as_price_frame
 from ..data.windows import Scaler, fit_scaler
 from ..judging.baselines import ewma_variance
-from .covariates import Covariates, covariates_of, join_ahead, known_ahead, split_ahead
+from .covariates import Covariates, as_numbers, covariates_of, join_ahead, known_ahead, split_ahead
 from .horizons import as_horizons, known_targets, target_frame, targets_at
 from smlstm.using.missing import (
     add_sessions,
@@ -100,10 +100,7 @@ def used_columns(prices: pd.DataFrame, exogenous: Sequence[str] = ()) -> list[st
 # %% ../../nbs/using/43_tables.ipynb #1c8e4a26
 def check_exogenous(columns: pd.DataFrame, mask: bool = False) -> pd.DataFrame:
     "The same columns as numbers. `ValueError` names one that is text, or, without `mask`, has a hole, and where."
-    for name in columns:
-        if not pd.api.types.is_numeric_dtype(columns[name]):
-            raise ValueError(f"{name} holds {columns[name].dtype}, not numbers: encode it, or leave the column out")
-    columns = columns.astype(float)
+    columns = as_numbers(columns)
     for name, bad in (np.isinf(columns) if mask else ~np.isfinite(columns)).items():
         if bad.any():
             raise ValueError(
@@ -315,11 +312,11 @@ def checked_frame(frame: pd.DataFrame, max_gap: float = MAX_GAP, daily: bool | N
 # %% ../../nbs/using/43_tables.ipynb #f0684ffb
 def static_of(given: Any, names: Sequence[Any], fitted: Sequence[StaticColumn]) -> dict[Any, tuple]:
     "Static columns with the values of each series, see `static_values`. `SeriesError` for one without a value."
-    frame = static_frame(given)
+    frame = static_frame(given, [one.name for one in fitted if one.categories])
     for name in names if frame is not None and (fitted or len(names) > 1) else ():
         with series_errors(name):
             check_row(frame, name)
-    return static_values(given, names, fitted)
+    return static_values(frame, names, fitted)
 
 # %% ../../nbs/using/43_tables.ipynb #d7e8691b
 def price_tables(
