@@ -96,10 +96,9 @@ def expected(fitted, prices):
     every = ((features - center) / np.where(scale > 0, scale, 1)).clip(-6, 6)
     share = (up[train].sum() + 0.5) / (KNOWN + 1)
     every_close, n = prices.close.to_numpy(), KNOWN + 250  # the share of rises counts the bars that features warm up in
-    usual = ((every_close[HORIZON : n + HORIZON] > every_close[:n]).sum() + 0.5) / (n + 1)
+    usual = (every_close[HORIZON : n + HORIZON] > every_close[:n]).mean()
     base = math.log(usual / (1 - usual))
-    base -= HORIZON / (n * usual * (1 - usual)) / base
-    assert base > 0.1
+    assert base > 0.1  # a share above one half stays as it is
     price, price_out, _ = by_hand(every, r, 1 / ewma.to_numpy(), 2)
     odds, odds_out, _ = by_hand(every, (up - share) / (share * (1 - share)), np.ones(len(r)), 2)
     fits = [by_hand(every, ratio + toward * log_ewma, np.ones(len(r)), 1) for toward in (0, 0.5, 1)]

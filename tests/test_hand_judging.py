@@ -87,15 +87,24 @@ def test_shrinkage_by_hand():
 
 
 def test_base_log_odds_by_hand():
-    "46 of 100 rises cannot be told from one half; 460 of 1,000 can, by a little; overlapping rows count for less."
+    """46 of 100 rises cannot be told from one half; 460 of 1,000 can, by a little; overlapping rows count for less.
+    A share of rises above one half stays as it is."""
     up = np.repeat([1.0, 0.0], [46, 54])
-    assert base_log_odds(up) == base_log_odds(1 - up) == 0
-    rate = 460.5 / 1001
-    odds = math.log(rate / (1 - rate))
-    drawn = odds * (1 - 1 / (1000 * rate * (1 - rate)) / odds**2)
+    assert base_log_odds(up) == 0 and base_log_odds(1 - up) == pytest.approx(math.log(0.54 / 0.46))
+    odds = math.log(0.46 / 0.54)
+    drawn = odds * (1 - 1 / (1000 * 0.46 * 0.54) / odds**2)
     assert base_log_odds(np.tile(up, 10)) == pytest.approx(drawn) and -0.15 < drawn < -0.12
     assert base_log_odds(np.tile(up, 10), horizon=9) == 0
-    assert 0 < base_log_odds(np.ones(50)) < math.log(101)
+    assert base_log_odds(np.ones(50)) == pytest.approx(math.log(101))
+
+
+def test_forecasts_that_differ_by_rounding_are_the_same():
+    "The share of rises as log odds and back is off by 1e-16, which is no difference to be tested."
+    up, share = np.tile([1.0, 0.0, 1.0], 200), np.full(600, 0.53)
+    back = 1 / (1 + np.exp(-np.log(share / (1 - share)) * (1 + 1e-15)))
+    assert (back != share).any()
+    assert "both forecasts are the same" in loss_difference_test("direction", up, back, share, "share").note
+    assert not loss_difference_test("direction", up, back + 1e-4 * up, share, "share").note
 
 
 def test_conformal_quantile_of_ten_errors():

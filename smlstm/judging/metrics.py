@@ -166,10 +166,11 @@ def base_log_odds(
     up: np.ndarray,  # 1 where the price rose, 0 where it did not, [n]
     horizon: int = 1,  # bars ahead: overlapping rows count as 1 / horizon
 ) -> float:
-    "Log odds of a rise, drawn toward zero by their standard error."
-    rate = (up.sum() + 0.5) / (len(up) + 1)
-    odds, error = float(np.log(rate / (1 - rate))), float(np.sqrt(horizon / (len(up) * rate * (1 - rate))))
-    return odds - error**2 / odds if abs(odds) > error else 0.0
+    "Log odds of a rise; where falls were more frequent, drawn toward zero by their standard error."
+    rows, rises = len(up), float(up.sum())
+    rate = rises / rows if 0 < rises < rows else (rises + 0.5) / (rows + 1)
+    odds, error = float(np.log(rate / (1 - rate))), float(np.sqrt(horizon / (rows * rate * (1 - rate))))
+    return odds if odds >= 0 else min(odds - error**2 / odds, 0.0)
 
 # %% ../../nbs/judging/30_metrics.ipynb #6647113b
 def qlike_loss(

@@ -45,7 +45,7 @@ class Calibration(NamedTuple):
 
     linear: LinearHeads  # the linear forecast of each head
     price_share: float  # of what the price head adds to it
-    base_logit: float  # log odds of an up move in the training rows, drawn toward zero
+    base_logit: float  # log odds of an up move in the training rows, see `base_log_odds`
     direction_share: float  # of what the direction head adds
     volatility_share: float  # of what the volatility head adds
     variance_factor: float  # measured over forecast variance, on average
