@@ -11,8 +11,8 @@ from test_forecaster_use import SMALL, bars
 from smlstm.evidence.attributed import planted_rank, planted_signal
 from smlstm.model.model import SMLSTM, Forecast, SMLSTMConfig
 from smlstm.using.attributions import integrated_gradients, network_parts
-from smlstm.using.calibration import forecasts_in_units
 from smlstm.using.ensemble import HEADS
+from smlstm.using.fitted_series import forecasts_in_units
 from smlstm.using.forecaster import Forecaster
 from smlstm.using.tables import SeriesError, build_table
 

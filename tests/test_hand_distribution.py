@@ -6,7 +6,6 @@ import pytest
 import statsmodels.api as sm
 from scipy import integrate, stats
 
-from smlstm.judging.details import evaluate_details, mincer_zarnowitz, scores_by_year
 from smlstm.judging.distribution import (
     QUANTILES,
     pinball_loss,
@@ -16,6 +15,7 @@ from smlstm.judging.distribution import (
     tail_mean,
 )
 from smlstm.judging.risk import acerbi_szekely_test, christoffersen_test, independence_test, kupiec_test
+from smlstm.judging.score_details import evaluate_details, mincer_zarnowitz, scores_by_year
 
 
 @pytest.fixture(scope="module")

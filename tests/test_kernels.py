@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
+from smlstm.model.backends import use_backend
 from smlstm.model.comparisons import forward_and_gradients, largest_gap
-from smlstm.model.engines import use_backend
 from smlstm.model.memory import random_inputs
 from smlstm.model.mixing import KINDS, TIMED, Mixing, mixed_chunkwise, mixed_recurrent, random_mixing
 from smlstm.model.model import SMLSTM, SMLSTMConfig, empty_state, map_state

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smlstm.evidence.figures import CONTENDERS, PARTS, Figure, scoreboard
+from smlstm.evidence.planted_scores import CONTENDERS, PARTS, Figure, scoreboard
 from smlstm.evidence.scoreboard import MEASURES, judged, main, measure_figures, random_walk, read_record
 
 RECORD = Path(__file__).parent.parent / "nbs" / "evidence" / "scoreboard.json"

@@ -185,7 +185,7 @@ def test_without_optuna_the_error_tells_what_to_do(tmp_path, monkeypatch):
 
 
 def test_the_report_counts_the_trials():
-    from smlstm.using.detail_tables import search_sentence
+    from smlstm.using.score_tables import search_sentence
 
     assert "best of 40 that a search tried" in search_sentence({"parameters": {"search_trials": 40}})
     assert search_sentence({"parameters": {"search_trials": 0}}) == search_sentence({}) == ""

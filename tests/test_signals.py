@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from smlstm.model.arrays import as_series
+from smlstm.model.numerics import as_series
 from smlstm.model.signals import (
     SignalState,
     as_strength,

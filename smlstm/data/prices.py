@@ -17,6 +17,7 @@ import pandas as pd
 from .cache import Job, cache_file, cache_folder, meta_from, read_stored, update_cache
 from .calendars import expected_bars
 from .frames import Prices, clean_prices, describe_report, label_prices, rows_between, standard_columns
+from .price_files import read_price_file
 from smlstm.data.request import (
     INTERVALS,
     InvalidRequest,
@@ -28,7 +29,6 @@ from smlstm.data.request import (
     parse_range,
     utc_now,
 )
-from .tables import read_price_file
 from .yahoo import check_patience
 
 # %% ../../nbs/data/17_prices.ipynb #bc6f00bc

@@ -22,9 +22,9 @@ import torch
 from ..data.files import write_json
 from ..data.prices import load_prices
 from ..data.windows import Fold, learned_stop
-from . import figures as planted
-from .baselines import ablations
-from .figures import CONTENDERS, SMALL, Figure, _in_words, scoreboard
+from . import planted_scores as planted
+from .ablations import ablations
+from .planted_scores import CONTENDERS, SMALL, Figure, _in_words, scoreboard
 from ..judging.audit import CausalityReport, audit_causality
 from ..judging.baselines import add_baselines
 from ..judging.evaluation import comparison_table

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arrays import SEGMENT, cut, join
-from .engines import below_infinity, finite_log, finite_steps, mark_dead, without_dead_steps
+from .inputs import below_infinity, finite_log, finite_steps, mark_dead, without_dead_steps
 from .mixing import TIMED, MixedState, Mixing, initial_mixed, mixed_chunks, mixed_memory, state_growth
+from .numerics import SEGMENT, cut, join
 from .stabilization import MemoryState, read_chunks
 
 # %% ../../nbs/model/06a_array_engine.ipynb #a06e0006

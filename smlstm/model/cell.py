@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import is_long_on_xla, read_in_stretches, split_linear
 from .checks import check_at_least, check_at_most, check_fields
-from .engines import is_long_on_xla, read_in_stretches, split_linear, working_dtype
+from .inputs import working_dtype
 from .mixing import MixedState, Mixing, RowNetwork, initial_mixed, mixed_chunkwise, mixed_recurrent
 from .signals import Signals, SignalState, initial_signal_state, market_signals
 from .ssm import SSMCoefficients, StructuredStateSpace

@@ -19,7 +19,6 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from .arrays import exp_flush
 from .kernel_full import FULL, FULL_BACK, Full, FullBack, full_backward, full_forward
 from smlstm.model.kernel_masks import (
     ADJOINTS,
@@ -39,6 +38,7 @@ from smlstm.model.kernel_masks import (
 )
 from .kernel_rows import ROWS, ROWS_BACK, Kept, Rows, RowsBack, rows_backward, rows_forward
 from .mixing import MixedState, Mixing, initial_mixed, mixed_memory, transformed
+from .numerics import exp_flush
 from .stabilization import MemoryState
 
 # %% ../../nbs/model/06_kernels.ipynb #1c8418c3

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arrays import ChunkScan, exp_flush
-from .engines import as_dtype, check_floating, check_inputs, engine, fit_state, working_dtype
+from .backends import engine
+from .inputs import as_dtype, check_floating, check_inputs, fit_state, working_dtype
 from .memory import causal_mask
+from .numerics import ChunkScan, exp_flush
 from smlstm.model.stabilization import (
     Scales,
     chunk_scales,
@@ -292,17 +293,12 @@ def mixed_memory(state: MixedState, regime: Tensor, mix: Mixing) -> Tensor:
 
 # %% ../../nbs/model/05_mixing.ipynb #312963b7
 def mixed_chunkwise(
-    q: Tensor,  # q, k [B, H, T, d], v [B, H, T, e], gates [B, H, T], mix and state: as of `mixed_recurrent`
-    k: Tensor,
-    v: Tensor,
-    log_i: Tensor,
-    log_f: Tensor,
-    mix: Mixing,
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, mix: Mixing,  # as of `mixed_recurrent`
     theta: float = 1.0,  # floor of the normalizer
     state: MixedState | None = None,  # None starts empty
     chunk_size: int = 64,  # L of the array form: changes the speed, not the result
     backend: str | None = None,  # "auto", "array", "kernel" or "xla"; None: what `set_backend` chose
-) -> tuple[Tensor, MixedState]:  # h [B, H, T, e] and the state after the last step
+) -> tuple[Tensor, MixedState]:  # fmt: skip
     "The mixed memory in fused form: equal to `mixed_recurrent`, without the memories of each step."
     check_inputs(q, k, v, log_i, log_f, chunk_size)
     mix, dtype = fit_mixing(mix, q, v), q.dtype

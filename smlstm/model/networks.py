@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .array_engine import living_steps
-from .engines import mark_dead
+from .inputs import mark_dead
 from smlstm.model.mixing import (
     TIMED,
     MixedState,

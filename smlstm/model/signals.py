@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arrays import as_series, leaky_sum
 from .checks import check_choice
+from .numerics import as_series, leaky_sum
 
 # %% ../../nbs/model/04_signals.ipynb #80b40259
 class Windows(NamedTuple):

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arrays import exprel
 from .checks import check_choice
-from .engines import fit_levels
+from .inputs import fit_levels
 from .memory import segsum
+from .numerics import exprel
 
 # %% ../../nbs/model/03_ssm.ipynb #166c2b10
 class Discrete(NamedTuple):

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arrays import ChunkScan, exp_flush
+from .backends import engine
 from .checks import check_choice
-from .engines import as_dtype, check_inputs, engine, finite_log, fit_state, working_dtype
+from .inputs import as_dtype, check_inputs, finite_log, fit_state, working_dtype
 from .memory import segsum
+from .numerics import ChunkScan, exp_flush
 
 # %% ../../nbs/model/02_stabilization.ipynb #cf6f5e14
 def running_stabilizer(peak: Tensor, log_f: Tensor, m0: Tensor) -> Tensor:

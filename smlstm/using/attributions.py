@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..judging.style import styled
 from ..model.figures import SOFT
 from ..model.model import Forecast, map_state
-from .calibration import FittedSeries, run_model
+from .calibration import run_model
 from .ensemble import HEADS
+from .fitted_series import FittedSeries
 from .streams import table_of
 from .tables import Table, series_errors
 

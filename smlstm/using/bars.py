@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..data.features import SETTLED, latest_calendar, latest_features
 from ..data.windows import Scaler
-from .calibration import FittedSeries
+from .fitted_series import FittedSeries
 from .missing import bar_is_there, indicator_names, sessions_between
 from .tables import PRICES, span_days
 

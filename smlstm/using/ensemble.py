@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from ..judging.style import styled
 from ..learning.checkpoints import ModelFileError, build_model, read_model_file
-from ..model.arrays import leaky_sum
 from ..model.cell import CellConfig, CellState, ParallelSMLSTMCell
 from ..model.checks import check_at_least, check_fields
 from ..model.model import SMLSTM, Forecast, SMLSTMConfig
+from ..model.numerics import leaky_sum
 from ..model.signals import smoothing
 from .members import BatchedMembers, Member, MemberConfig, batch_shape
 

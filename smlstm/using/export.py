@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import atomic_file
-from ..model.engines import use_backend
+from ..model.backends import use_backend
 from ..model.model import SMLSTM, Forecast, ModelState, SMLSTMConfig, empty_state, map_state
 
 # %% ../../nbs/using/56_export.ipynb #f703e5fe

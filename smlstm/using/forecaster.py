@@ -26,8 +26,10 @@ from ..model.model import SMLSTM, SMLSTMConfig, map_state
 
 # %% ../../nbs/using/49_forecaster.ipynb #9f8e7d6c
 from .attributions import explain_series
-from .calibration import FittedSeries, add_intervals, check_levels, forecast_frames, run_model
+from .calibration import run_model
 from .covariates import check_future
+from .fitted_series import FittedSeries, forecast_frames
+from .forecast_intervals import add_intervals, check_levels
 from .horizons import as_horizons, horizon_setting, join_horizons
 from smlstm.using.panels import (
     WindowConfig,

@@ -20,7 +20,7 @@ from torch import nn
 from ..learning.settings import TrainConfig
 from ..model.checks import fits_type
 from ..model.model import SMLSTMConfig
-from .calibration import FittedSeries
+from .fitted_series import FittedSeries
 from .horizons import horizon_setting
 from .panels import split_panel
 from .tables import SeriesError, Table, named_frames

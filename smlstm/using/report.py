@@ -19,8 +19,8 @@ import pandas as pd
 from ..data.files import jsonable
 from ..judging.foundation import PRETRAINED
 from ..judging.style import price_text
-from .detail_tables import detail_sections, search_sentence
 from .page import figure_html, page_html
+from .score_tables import detail_sections, search_sentence
 from .seeds import seed_sentence, seed_table
 
 # %% ../../nbs/using/53_report.ipynb #052d30e6

@@ -23,9 +23,9 @@ import torch
 from ..data.frequencies import FREQUENCIES
 from ..data.prices import load_prices
 from ..judging.audit import CausalityReport, audit_causality
-from ..judging.details import evaluate_details
 from ..judging.evaluation import compare, evaluate, illustrations
 from ..judging.intervals import conformal_intervals
+from ..judging.score_details import evaluate_details
 from ..judging.style import price_text
 from ..judging.voltarget import plot_volatility_target, target_numbers
 from ..learning.history import History

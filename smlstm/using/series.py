@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ..data.frames import Prices
-from .calibration import FittedSeries
+from .fitted_series import FittedSeries
 from .static import StaticColumn, static_frame
 from .streams import check_zone
 from .tables import UNNAMED, SeriesError, checked_frame, named_frames, series_errors, static_of

@@ -25,9 +25,11 @@ from ..data.sessions import BarPattern
 from ..data.windows import Scaler
 from ..learning.checkpoints import model_bytes
 from ..model.model import map_state
-from .calibration import Calibration, FittedSeries, Scores, run_model
+from .calibration import Calibration, run_model
 from .covariates import Covariates, check_future, covariates_of, source_values
 from .ensemble import load_network
+from .fitted_series import FittedSeries
+from .forecast_intervals import Scores
 from .linear import LinearHeads
 from .streams import Stream, flat_tensors
 

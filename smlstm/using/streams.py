@@ -29,20 +29,10 @@ from ..learning.device import to_host
 from ..learning.traced import runs_programs, trace
 from ..model.model import SMLSTM, Forecast, map_state
 from .bars import bar_features, check_bar, scale_row, with_sessions
-from smlstm.using.calibration import (
-    FittedSeries,
-    Scores,
-    calibrate,
-    check_levels,
-    close_to_close_scale,
-    forecast_frames,
-    forecast_intervals,
-    forecasts_in_units,
-    join_scores,
-    make_scores,
-    run_model,
-)
+from .calibration import calibrate, run_model
 from .covariates import join_ahead, next_known, split_ahead
+from .fitted_series import FittedSeries, close_to_close_scale, forecast_frames, forecasts_in_units
+from .forecast_intervals import Scores, check_levels, forecast_intervals, join_scores, make_scores
 from .horizons import heads_at, horizon_setting
 from .missing import calibrating_rows, span_variance, spread_holes
 from .panels import Split

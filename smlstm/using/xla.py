@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.array_engine import chunkwise_array, cut_mixing, mixed_chunkwise_array
-from ..model.arrays import cut, join
-from ..model.engines import finite_log, mark_dead, without_dead_steps
+from ..model.inputs import finite_log, mark_dead, without_dead_steps
 from ..model.memory import causal_mask, segsum
 from smlstm.model.mixing import (
     MixedState,
@@ -27,6 +26,7 @@ from smlstm.model.mixing import (
     mixed_memory,
     state_growth,
 )
+from ..model.numerics import cut, join
 from ..model.stabilization import MemoryState, Scales, chunk_scales, normalized_read
 
 # %% ../../nbs/using/59_xla.ipynb #be20c6ae

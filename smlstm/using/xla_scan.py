@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..model.backends import XLA_STEPS
 from ..model.cell import CellConfig, CellOutput, CellState, ParallelSMLSTMCell, empty_cell
-from ..model.engines import XLA_STEPS
 
 # %% ../../nbs/using/57_xla_scan.ipynb #a61d90c4
 def scan(body: Callable, carry: tuple, xs: tuple, reverse: bool = False) -> tuple[tuple, tuple]:
