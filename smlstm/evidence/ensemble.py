@@ -7,7 +7,6 @@ __all__ = ['QUICK', 'PLANTED', 'CONTEST_MODEL', 'CONTEST_SEEDS', 'Regret', 'regr
            'continues', 'follows', 'plot_following', 'contest', 'regret_table', 'plot_contest', 'read_scores', 'main']
 
 # %% ../../nbs/evidence/65_ensemble.ipynb #b92bbd55
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -31,6 +30,7 @@ from smlstm.evidence.planted import (
     noise,
     regime_switch,
 )
+from .record_files import dated, record_parser
 from ..judging.metrics import qlike_loss, qlike_scale
 from ..judging.style import new_figure, styled
 from ..learning.settings import TrainConfig
@@ -276,11 +276,7 @@ def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> None:
     "Hold the contest, print its summary, and keep its scores in the file of `--json`."
-    parser = argparse.ArgumentParser(
-        prog="python -m smlstm.evidence.ensemble",
-        description="Ensemble against its members on series whose best forecast is known.",
-    )
-    parser.add_argument("--json", type=Path, help="file to keep the scores in")
+    parser = record_parser("ensemble", "Ensemble against its members on series whose best forecast is known.")
     parser.add_argument("--only", nargs="+", choices=PLANTED, default=list(PLANTED), help="these series alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=CONTEST_SEEDS)
     options = parser.parse_args(arguments)
@@ -288,14 +284,7 @@ def main(
     scores = contest(options.only, options.seeds, progress=True)
     print(regret_table(scores).round(5).T.to_string())
     if options.json:
-        write_json(
-            options.json,
-            {
-                "measured": f"{pd.Timestamp.now('UTC'):%Y-%m-%d}",
-                "torch": torch.__version__,
-                "scores": scores.round(6).to_dict("records"),
-            },
-        )
+        write_json(options.json, dated(scores=scores.round(6).to_dict("records")))
 
 # %% ../../nbs/evidence/65_ensemble.ipynb #7f16114d
 if __name__ == "__main__" and "get_ipython" not in globals():

@@ -6,7 +6,6 @@
 __all__ = ['HORIZONS', 'seeded', 'time_table', 'time_ratios', 'losses_of', 'loss_table', 'main']
 
 # %% ../../nbs/evidence/69c_horizon_costs.ipynb #e6207ca4
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 
 from ..data.files import write_json
 from ..data.prices import load_prices
+from .record_files import record_parser
 from ..judging.metrics import qlike_loss
 from ..judging.skill import mean_loss_test
 from ..using.forecaster import Forecaster
@@ -82,10 +82,7 @@ def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> None:
     "Measure times and losses, print them, and write them to the file of `--json`."
-    parser = argparse.ArgumentParser(
-        prog="python -m smlstm.evidence.horizon_costs", description="Time and loss of several horizons in one fit."
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file to keep the tables in")
+    parser = record_parser("horizon_costs", "Time and loss of several horizons in one fit.", required=True)
     path, prices = parser.parse_args(arguments).json, load_prices("SPY", source="sample").frame
     Forecaster(HORIZONS, training={"epochs": 1}).fit(prices.tail(1500), progress=False)  # kernels are compiled
     times, losses = time_table(prices), loss_table(prices)

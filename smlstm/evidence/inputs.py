@@ -8,7 +8,6 @@ __all__ = ['SECTORS', 'INPUT_SEEDS', 'PANEL_SEEDS', 'SECTOR_SEEDS', 'INPUT_MEASU
            'sector_scores', 'read_inputs', 'main']
 
 # %% ../../nbs/evidence/69_inputs.ipynb #a2e90348
-import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 
 from ..data.files import write_json
 from .product import product_forecasts
+from .record_files import record_parser
 from ..judging.metrics import qlike, qlike_scale
 from ..learning.settings import TrainConfig
 from ..using.forecaster import Forecaster, fit_panel
@@ -201,9 +201,7 @@ def read_inputs(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     "Measure, print, and keep in a file."
-    parser = argparse.ArgumentParser(prog="python -m smlstm.evidence.inputs", description="What further inputs give.")
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    path, record = parser.parse_args(arguments).json, {}
+    path, record = record_parser("inputs", "What further inputs give.", required=True).parse_args(arguments).json, {}
     torch.set_num_threads(1)
     for name, measure in INPUT_MEASURES.items():
         record[name] = measure().to_dict("list")

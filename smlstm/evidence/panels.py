@@ -7,7 +7,6 @@ __all__ = ['WINDOWS', 'CHOSEN', 'LONGER', 'resampled', 'fit_seconds', 'panel_tim
            'both_lengths', 'main']
 
 # %% ../../nbs/evidence/64_panels.ipynb #abb2273c
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.files import write_json
 from ..data.prices import load_prices
+from .record_files import dated, kept_record, record_parser
 from ..learning.settings import TrainConfig
 from ..using.forecaster import fit_panel
 from ..using.panels import WindowConfig
@@ -160,27 +160,16 @@ def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> None:
     "Measure times and losses, print them, and keep them in the file of `--json`."
-    parser = argparse.ArgumentParser(
-        prog="python -m smlstm.evidence.panels",
-        description="Time and loss of one model over many tickers against single runs.",
-    )
-    parser.add_argument("--json", type=Path, help="file to keep the tables in")
+    parser = record_parser("panels", "Time and loss of one model over many tickers against single runs.")
     parser.add_argument("--only", choices=["times", "losses"], help="this table alone; in the file the other stays")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    record: dict[str, Any] = {}
-    if options.only and options.json and options.json.exists():
-        record = json.loads(options.json.read_text(encoding="utf-8"))
+    record = kept_record(options.json) if options.only else {}
     for name, table in (("times", panel_times), ("losses", both_lengths)):
         if options.only in (None, name):
             found = table()
             print(found.round(4).to_string())
-            record |= {
-                name: found.round(5).to_dict("records"),
-                "measured": f"{pd.Timestamp.now('UTC'):%Y-%m-%d}",
-                "torch": torch.__version__,
-                "threads": 1,
-            }
+            record |= dated(threads=1, **{name: found.round(5).to_dict("records")})
     if options.json:
         write_json(options.json, record)
 

@@ -7,7 +7,6 @@ __all__ = ['PRODUCT_SEEDS', 'PRODUCT_MEASURES', 'product_forecasts', 'index_scor
            'read_product', 'main']
 
 # %% ../../nbs/evidence/68_product.ipynb #676895e3
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from ..data.features import prepare_data
 from ..data.files import write_json
 from ..data.prices import load_prices
 from .planted import excess_share
+from .record_files import dated, record_parser
 from ..judging.baselines import add_baselines
 from ..judging.evaluation import comparison_table
 from ..learning.settings import TrainConfig
@@ -110,15 +110,13 @@ def read_product(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     "Measure, print, and keep in a file."
-    parser = argparse.ArgumentParser(prog="python -m smlstm.evidence.product", description="Scores of the product.")
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    options = parser.parse_args(arguments)
+    options = record_parser("product", "Scores of the product.", required=True).parse_args(arguments)
     torch.set_num_threads(1)
     record = {}
     for name, measure in PRODUCT_MEASURES.items():
         scores = measure()
         print(name, scores.agg(["mean", "std"]).to_string(), sep="\n", flush=True)
-        record[name] = {"measured": f"{pd.Timestamp.now('UTC'):%Y-%m-%d}", "scores": scores.to_dict("list")}
+        record[name] = dated(scores=scores.to_dict("list"))
         write_json(options.json, record)
 
 # %% ../../nbs/evidence/68_product.ipynb #f6f39023

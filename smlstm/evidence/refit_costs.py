@@ -6,7 +6,6 @@
 __all__ = ['WAYS', 'walk_of', 'refit_table', 'start_table', 'main']
 
 # %% ../../nbs/evidence/69_refit_costs.ipynb #3811294e
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 
 from ..data.files import write_json
 from ..data.prices import load_prices
+from .record_files import record_parser
 from ..judging.metrics import qlike_loss
 from ..judging.skill import mean_loss_test
 from ..using.forecaster import Forecaster
@@ -83,11 +83,7 @@ def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> None:
     "Measure both tables, print them, and keep them in the file of `--json`."
-    parser = argparse.ArgumentParser(
-        prog="python -m smlstm.evidence.refit_costs", description="Time and loss of refits and of warm starts."
-    )
-    parser.add_argument("--json", type=Path, help="file to keep the tables in")
-    options = parser.parse_args(arguments)
+    options = record_parser("refit_costs", "Time and loss of refits and of warm starts.").parse_args(arguments)
     prices = {ticker: load_prices(ticker, source="sample").frame for ticker in ("SPY", "QQQ")}
     tables = {"starts": start_table(prices, seeds=(0, 1, 2)), "refits": refit_table(prices)}
     for table in tables.values():

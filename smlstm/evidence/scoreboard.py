@@ -7,7 +7,6 @@ __all__ = ['FAST', 'MEASURES', 'random_walk', 'judged', 'noise_settings', 'noise
            'volatility_figures', 'measure_figures', 'read_record', 'main']
 
 # %% ../../nbs/evidence/66_scoreboard.ipynb #0d38aac3
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from ..data.windows import Fold, learned_stop
 from . import planted_scores as planted
 from .ablations import ablations
 from .planted_scores import CONTENDERS, SMALL, Figure, _in_words, scoreboard
+from .record_files import dated, kept_record, record_parser
 from ..judging.audit import CausalityReport, audit_causality
 from ..judging.baselines import add_baselines
 from ..judging.evaluation import comparison_table
@@ -230,12 +230,8 @@ def measure_figures(
     began = time.process_time()
     figures = MEASURES[name]()
     figures = [figures] if isinstance(figures, Figure) else figures
-    return {
-        "figures": [figure._asdict() for figure in figures],
-        "cpu_seconds": round(time.process_time() - began),
-        "measured": f"{pd.Timestamp.now('UTC'):%Y-%m-%d}",
-        "torch": torch.__version__,
-    }
+    seconds = round(time.process_time() - began)
+    return dated(figures=[figure._asdict() for figure in figures], cpu_seconds=seconds)
 
 
 def read_record(
@@ -250,14 +246,11 @@ def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> None:
     "Measure the figures and print the table; `--json` keeps them in a file."
-    parser = argparse.ArgumentParser(
-        prog="python -m smlstm.evidence.scoreboard", description="Measure what the model has to reach."
-    )
-    parser.add_argument("--json", type=Path, help="file to renew; figures that are not measured now stay as they are")
+    parser = record_parser("scoreboard", "Measure what the model has to reach.")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure these alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    done = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    done = kept_record(options.json)
     for name in options.only:
         done[name] = measure_figures(name)
         table = scoreboard(Figure(**figure) for figure in done[name]["figures"])
