@@ -145,3 +145,5 @@ def test_the_reference_shows_comments_of_inherited_fields(monkeypatch):
     lines = ["Docstring."]
     sphinx_pages.add_arguments(None, "class", "Forecaster", smlstm.Forecaster, None, lines)
     assert ":param device: where it is trained" in lines
+    assert sphinx_pages.comments_of(smlstm.Mixing)["C"] == "[N] c"
+    assert sphinx_pages.skip_fields(None, "class", "C", smlstm.Mixing.C, False, None)
