@@ -1,4 +1,4 @@
-"""The figures to reach: the record beside the notebook is whole; each is measured anew with --slow."""
+"""What the parts of the model are worth: the record beside the notebook is whole; each is measured anew with --slow."""
 
 import json
 import statistics
@@ -21,21 +21,12 @@ def test_the_record_is_whole_and_in_order():
 
 
 def test_every_recorded_verdict_follows_from_its_numbers():
-    facts = {
-        figure.what.split(", ")[0] if "parts" not in figure.what else figure.what: figure
-        for figure in read_record(RECORD)
-    }
-    momentum = facts["planted momentum"]
-    assert momentum.holds == (sorted(momentum.facts["share"])[2] >= 0.95)
+    facts = {figure.what.split(", ")[0]: figure for figure in read_record(RECORD)}
     for what in ("momentum", "regime switch", "recall"):
         parts = facts[f"parts of the model on the planted {what}"]
         middle = {name: statistics.median(parts.facts[name]) for name in PARTS}
         assert parts.holds == (middle["SM-LSTM"] >= max(middle.values()) - 0.01)
-    switch = facts["planted regime switch"]
-    middle = {name: sorted(shares)[2] for name, shares in switch.facts.items()}
-    assert switch.holds == (
-        middle["SM-LSTM"] >= 0.85 and middle["SM-LSTM"] > max(middle["no regimes"], middle["nn.LSTM"])
-    )
+    assert "nn.LSTM" in facts["parts of the model on the planted regime switch"].facts
     garch = facts["planted GARCH(1,1)"]
     way = sorted(
         (c - ours) / (c - best)
@@ -48,19 +39,9 @@ def test_every_recorded_verdict_follows_from_its_numbers():
         and max(map(statistics.median, recall.facts["nn.LSTM"].values())) < 0.6
     )
     noise = facts["pure noise"]
-    assert len(noise.facts) == 20 and noise.holds == (sum(map(bool, noise.facts.values())) <= 1)
-    parts = facts["pure noise, parts of the model"]
-    assert set(parts.facts) == set(CONTENDERS) and parts.holds == all(
-        sum(map(bool, heads.values())) <= 1 for heads in parts.facts.values()
+    assert set(noise.facts) == set(CONTENDERS) and noise.holds == all(
+        len(heads) == 20 and sum(map(bool, heads.values())) <= 1 for heads in noise.facts.values()
     )
-    for index in ("^GSPC", "^IXIC"):
-        score, p = facts[f"volatility of {index}"].facts["QLIKE"], facts[f"volatility of {index}"].facts["p-value"]
-        assert facts[f"volatility of {index}"].holds == all(
-            score["model"] < score[name] and p[name] < 0.05 for name in ("garch", "log_har")
-        )
-        assert facts[f"90% intervals of {index}"].holds == all(
-            0.88 <= facts[f"90% intervals of {index}"].facts[side]["all"] <= 0.92 for side in ("close", "variance")
-        )
 
 
 def test_nothing_can_be_known_about_a_random_walk():

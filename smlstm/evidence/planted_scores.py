@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'TRAINING', 'SEEDS', 'PARTS', 'CONTENDERS', 'TIGHT', 'READER', 'Figure', 'scoreboard', 'planted_scores',
-           'ablation_figure', 'momentum_figures', 'regime_figures', 'known_qlike', 'garch_figure', 'processor_figure',
+           'ablation_figure', 'momentum_figure', 'regime_figure', 'known_qlike', 'garch_figure', 'processor_figure',
            'recall_scores', 'recall_figures']
 
 # %% ../../nbs/evidence/62_planted_scores.ipynb #56d7f9a6
@@ -91,50 +91,28 @@ def ablation_figure(
     )
 
 # %% ../../nbs/evidence/62_planted_scores.ipynb #cbeb32d9
-def momentum_figures(
+def momentum_figure(
     seeds: Sequence[int] = SEEDS,
     n: int = 5_000,  # bars
     names: Iterable[str] = CONTENDERS,
     **options: Any,  # of `planted_scores`
-) -> list[Figure]:
-    "Share of the best excess accuracy on AR(1) returns, and what each part of the model does for it."
-    scores = planted_scores(lambda seed: momentum(n, 0.3, seed), seeds, names, **options)
-    median = float(scores["SM-LSTM"].median())
-    return [
-        Figure(
-            "planted momentum, phi 0.3, 5,000 bars",
-            "95% of the best excess accuracy, median of 5 seeds",
-            f"{median:.1%}",
-            median >= 0.95,
-            {"share": scores["SM-LSTM"].round(4).tolist()},
-        ),
-        ablation_figure("momentum", scores),
-    ]
+) -> Figure:
+    "Share of the best excess accuracy on AR(1) returns, of the model whole and without each part."
+    return ablation_figure("momentum", planted_scores(lambda seed: momentum(n, 0.3, seed), seeds, names, **options))
 
 # %% ../../nbs/evidence/62_planted_scores.ipynb #a9c2a9cb
 TIGHT: dict[str, Any] = dict(config=replace(SMALL, hidden_size=8), stride=32, batch_size=32)
 
 
-def regime_figures(
+def regime_figure(
     seeds: Sequence[int] = SEEDS,
     n: int = 20_000,  # bars
     names: Iterable[str] = CONTENDERS,
     **options: Any,  # of `planted_scores`
-) -> list[Figure]:
-    "Share of the best excess accuracy on switching returns, and what each part of the model does for it."
-    scores = planted_scores(lambda seed: regime_switch(n, seed=seed), seeds, names, **TIGHT | options)
-    median = scores[["SM-LSTM", "no regimes", "nn.LSTM"]].median()
-    holds = bool(median["SM-LSTM"] >= 0.85 and median["SM-LSTM"] > median.drop("SM-LSTM").max())
-    return [
-        Figure(
-            f"planted regime switch, {n:,} bars",
-            "85% of the best excess; above nn.LSTM and above the model without regimes",
-            _in_words(median),
-            holds,
-            scores[list(median.index)].round(4).to_dict("list"),
-        ),
-        ablation_figure("regime switch", scores),
-    ]
+) -> Figure:
+    "Share of the best excess accuracy on switching returns, of the model whole and without each part."
+    make = lambda seed: regime_switch(n, seed=seed)
+    return ablation_figure("regime switch", planted_scores(make, seeds, names, **TIGHT | options))
 
 # %% ../../nbs/evidence/62_planted_scores.ipynb #76b6a6f1
 def known_qlike(
