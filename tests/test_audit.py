@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from smlstm.data.features import make_targets, prepare_data, variance_proxy
+from smlstm.data.features import make_targets, prepare_data
+from smlstm.data.variance import variance_proxy
 from smlstm.data.windows import fit_scaler
 from smlstm.judging.audit import CausalityError, audit_causality
 from smlstm.judging.baselines import add_baselines, ewma_variance

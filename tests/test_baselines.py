@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from statsmodels.api import OLS, add_constant
 
-from smlstm.data.features import variance_proxy
+from smlstm.data.variance import variance_proxy
 from smlstm.judging.baselines import (
     add_baselines,
     boosted_forecast,

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from smlstm.data.features import make_targets, prepare_data, variance_proxy
+from smlstm.data.features import make_targets, prepare_data
+from smlstm.data.variance import variance_proxy
 from smlstm.data.windows import Fold, refit_folds, time_folds
 from smlstm.judging.baselines import add_baselines, ewma_variance, linear_forecast
 from smlstm.judging.evaluation import comparison_table, deflated_sharpe, evaluate, illustrate

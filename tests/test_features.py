@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from smlstm.data.features import (
     FEATURES,
     SETTLED,
-    VARIANCE_FLOOR,
     WARMUP,
     add_technical_indicators,
     latest_features,
     make_targets,
     prepare_data,
-    variance_proxy,
-    variance_scale,
 )
 from smlstm.data.prices import load_prices
+from smlstm.data.variance import VARIANCE_FLOOR, variance_proxy, variance_scale
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_forecaster_use import SMALL, bars
 
-from smlstm.data.features import variance_proxy
+from smlstm.data.variance import variance_proxy
 from smlstm.judging import foundation
 from smlstm.judging.evaluation import compare
 from smlstm.judging.foundation import DECILES, add_foundation, leak_sentence

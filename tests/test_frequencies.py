@@ -13,9 +13,10 @@ from yahoo_server import hourly
 
 import smlstm
 from smlstm.data.calendars import exchange_calendar, find_calendar
-from smlstm.data.features import FEATURES, SETTLED, feature_table, latest_features, prepare_data, variance_proxy
+from smlstm.data.features import FEATURES, SETTLED, feature_table, latest_features, prepare_data
 from smlstm.data.frames import standard_columns
 from smlstm.data.frequencies import FREQUENCIES, frequency_of
+from smlstm.data.variance import variance_proxy
 from smlstm.judging.baselines import ewma_variance, har_variance, leverage_har_variance
 from smlstm.using.panels import WindowConfig, train_panel
 from smlstm.using.tables import build_table

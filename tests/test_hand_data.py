@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from smlstm.data.features import latest_features, make_targets, prepare_data, variance_proxy, variance_scale
+from smlstm.data.features import latest_features, make_targets, prepare_data
 from smlstm.data.files import find_committed, is_sealed, write_together
+from smlstm.data.variance import variance_proxy, variance_scale
 from smlstm.data.windows import Fold, create_sequences, create_tpu_dataloader, fit_scaler, learned_stop, time_folds
 from smlstm.using.panels import WindowConfig, split_panel, split_rows
 from smlstm.using.walkforward import panel_folds, walk_forward

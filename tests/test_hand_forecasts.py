@@ -15,8 +15,9 @@ from pandas.tseries.holiday import USFederalHolidayCalendar
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from smlstm.data.features import make_targets, variance_proxy
+from smlstm.data.features import make_targets
 from smlstm.data.files import seal
+from smlstm.data.variance import variance_proxy
 from smlstm.learning.settings import TrainConfig
 from smlstm.model.model import Forecast
 from smlstm.using.estimator import ForecasterRegressor

@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import StratifiedTable
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from smlstm.data.features import variance_proxy
+from smlstm.data.variance import variance_proxy
 from smlstm.judging.baselines import autoregressive_return, ewma_variance, garch_variance, har_variance
 from smlstm.judging.evaluation import deflated_sharpe, illustrate
 from smlstm.judging.intervals import conformal_intervals, conformal_quantile

@@ -10,8 +10,9 @@ __all__ = ['DECAYS', 'ewma_variance', 'har_variance', 'tuned_ewma_variance', 'le
 import numpy as np
 import pandas as pd
 
-from ..data.features import VARIANCE_FLOOR, make_targets, variance_proxy
+from ..data.features import make_targets
 from ..data.frequencies import frequency_of
+from ..data.variance import VARIANCE_FLOOR, variance_proxy
 from ..data.windows import gap_rows, learned_stop
 from .metrics import qlike, qlike_scale
 

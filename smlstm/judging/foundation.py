@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.features import variance_proxy
+from ..data.variance import variance_proxy
 from .metrics import qlike_scale
 
 # %% ../../nbs/judging/39a_foundation.ipynb #e0f65280

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from ..data.features import variance_proxy
 from ..data.sessions import bar_pattern, bars_per_year
+from ..data.variance import variance_proxy
 from smlstm.judging.metrics import (
     base_rate,
     brier,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..data.features import variance_scale
 from ..data.frequencies import FREQUENCIES, Frequency
+from ..data.variance import variance_scale
 from ..data.windows import Scaler
 from ..model.model import Forecast
 from .calibration import Calibration, network_addition

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.calendars import exchange_calendar
-from ..data.features import has_range, latest_calendar, prepare_data, target_columns, variance_proxy
+from ..data.features import latest_calendar, prepare_data, target_columns
 from ..data.sessions import bar_pattern
+from ..data.variance import has_range, variance_proxy
 from ..data.windows import Scaler, fit_scaler
 from ..model.model import Forecast
 

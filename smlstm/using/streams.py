@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.calendars import find_calendar
-from ..data.features import SETTLED, variance_proxy
+from ..data.features import SETTLED
 from ..data.frequencies import frequency_of
 from ..data.sessions import BarPattern, bar_pattern, next_bar
+from ..data.variance import variance_proxy
 from ..learning.device import to_host
 from ..learning.traced import runs_programs, trace
 from ..model.model import SMLSTM, Forecast, map_state

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.calendars import find_calendar
-from ..data.features import FEATURE_NAMES, has_range, has_volume, make_targets, prepare_data, variance_proxy
+from ..data.features import FEATURE_NAMES, make_targets, prepare_data
 from ..data.frames import Prices, as_price_frame
+from ..data.variance import has_range, has_volume, variance_proxy
 from ..data.windows import Scaler, fit_scaler
 from ..judging.baselines import ewma_variance
 from .covariates import Covariates, as_numbers, covariates_of, join_ahead, known_ahead, split_ahead

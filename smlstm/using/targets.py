@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..data.features import variance_proxy
+from ..data.variance import variance_proxy
 
 # %% ../../nbs/using/42b_targets.ipynb #cd615fcb
 MARKET = ("market_return", "market_log_variance")  # columns beside a target
