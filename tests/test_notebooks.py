@@ -272,3 +272,14 @@ def test_an_old_python_is_refused_by_name(clone):
     )
     assert done.returncode == 1 and "needs Python 3.10 to 3.13" in done.stderr and "Python 3.9.6" in done.stderr
     assert not (clone / ".venv").exists()
+
+
+ANIMATED = r"\b(listen\w*|told|believ\w*|says|said|speaks?|whisper\w*|shout\w*)\b"
+
+
+@every
+def test_prose_names_things(path):
+    "A heading names its object and asks nothing; equations, memories and models neither speak nor believe."
+    prose = "\n".join(cells(path, "markdown"))
+    assert [line for line in prose.splitlines() if re.match(r"#+ .*\?$", line)] == []
+    assert re.findall(ANIMATED, re.sub(r"`[^`]*`", "", prose), re.IGNORECASE) == []
