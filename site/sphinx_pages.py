@@ -38,6 +38,18 @@ def skip_fields(app, what, name, obj, skip, options):
     return True if isinstance(obj, _tuplegetter) else None
 
 
+def describe_figures(app, doctree):
+    "Figures of cells get the text before them in the place of a file name, for those who do not see them."
+    from docutils import nodes
+
+    text = ""
+    for node in doctree.findall(lambda node: isinstance(node, (nodes.paragraph, nodes.image))):
+        if isinstance(node, nodes.paragraph):
+            text = " ".join(node.astext().split())
+        elif not node.get("alt"):
+            node["alt"] = text[:300]
+
+
 def anchor(title):
     "The anchor of a heading as Jupyter and GitHub's notebooks have it."
     return title.replace(" ", "-")
@@ -46,4 +58,5 @@ def anchor(title):
 def setup(app):
     app.connect("autodoc-process-docstring", add_arguments)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("doctree-read", describe_figures)
     return {"parallel_read_safe": True}

@@ -115,12 +115,19 @@ def test_the_site_shows_markdown_that_a_cell_writes_as_text():
 
 def test_the_site_loads_nothing_from_a_network(tmp_path):
     pytest.importorskip("myst_nb")
-    cells = [nbformat.v4.new_markdown_cell("# Index\n\n$x^2$")]
-    widgets = {"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"1": {"model_name": "Bar"}}}}}
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="
+    figure = nbformat.v4.new_output("display_data", {"image/png": dot})
+    cells = [nbformat.v4.new_markdown_cell("# Index\n\n$x^2$\n\nOne dot:")]
+    cells += [nbformat.v4.new_code_cell("x = 1", outputs=[figure])]
+    widgets = {
+        "language_info": {"name": "python"},
+        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"1": {"model_name": "Bar"}}}},
+    }
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=widgets), tmp_path / "index.ipynb")
     build = [sys.executable, "-m", "sphinx", "-q", "-c", str(ROOT / "site"), str(tmp_path), str(tmp_path / "html")]
     assert subprocess.run(build, cwd=ROOT).returncode == 0
     page = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
+    assert 'alt="One dot:"' in page
     assert "mathjax" in page and re.findall(r"""<(?:script|link)[^>]*(?:src|href)=["']https?://""", page) == []
 
 
