@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(call=lambda a: audit_command(a.function, a.prices, a.interval, a.cuts, a.lookahead))
     return parser
 
-
+# %% ../../nbs/using/55_commands.ipynb #68734b61
 def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     "The console script `smlstm`."
     asked = _parser().parse_args(arguments)

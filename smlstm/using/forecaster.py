@@ -343,6 +343,14 @@ class ForecasterSettings:
 class FittedForecaster(ForecasterSettings):
     "Questions to a fitted forecaster that leave it as it is."
 
+    def predict(self, prices: Any = None, horizon: Any = None, level: Any = (90,), static: Any = None) -> pd.DataFrame:
+        """The forecast from the last bar of each series, a row each; without prices, from the last bars known.
+
+        Of several fitted horizons: a row for each with its `horizon`, or only those that are asked for. Series with
+        a row in `static` are of that kind, others of the kind that they were fitted with.
+        """
+        return _predict(self, prices, horizon, level, static)
+
     def forecast(self, table: Table, name: Any = None) -> pd.DataFrame:
         "The forecast frame of every row of a series' table; empty about the future where it has not come."
         return join_horizons(_forecast_table(self, table, name))
@@ -374,14 +382,6 @@ class Forecaster(FittedForecaster):
         `static`: a frame with a row for each series. `SeriesError` for a series that cannot be used.
         """
         return _fit_prices(self, prices, exogenous, static, options)
-
-    def predict(self, prices: Any = None, horizon: Any = None, level: Any = (90,), static: Any = None) -> pd.DataFrame:
-        """The forecast from the last bar of each series, a row each; without prices, from the last bars known.
-
-        Of several fitted horizons: a row for each with its `horizon`, or only those that are asked for. Series with
-        a row in `static` are of that kind, others of the kind that they were fitted with.
-        """
-        return _predict(self, prices, horizon, level, static)
 
     def update(self, new_bars: Any, level: Any = (90,)) -> pd.DataFrame:
         "Go on with new bars, without fitting anew; a forecast from each. `SeriesError` for bars that cannot follow."
