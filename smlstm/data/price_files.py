@@ -18,7 +18,7 @@ import pandas as pd
 from .calendars import find_calendar
 from .dates import Stamps, bar_instants, check_spacing, read_stamps, session_dates
 from .frames import COLUMNS, DATE_NAMES, clock_text, column_name, standard_columns
-from .request import BadPrices, InvalidRequest, is_intraday
+from .request import SOURCE_CHOICES, BadPrices, InvalidRequest, is_intraday
 
 # %% ../../nbs/data/14_price_files.ipynb #29e4d6ad
 def _encoding(path: Path) -> str:
@@ -106,9 +106,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def _read_table(path: Path) -> pd.DataFrame:
     "The table of a .csv or .parquet file. `InvalidRequest` where there is none, `BadPrices` where it cannot be read."
     if not path.is_file():
-        raise InvalidRequest(
-            f"there is no file {str(path)!r}: source is 'auto', 'yahoo', 'sample' or a path to .csv or .parquet"
-        )
+        raise InvalidRequest(f"there is no file {str(path)!r}: source is {SOURCE_CHOICES}")
     try:
         return pd.read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except Exception as error:  # pyarrow and pandas raise many kinds

@@ -20,6 +20,7 @@ from .frames import Prices, clean_prices, describe_report, label_prices, rows_be
 from .price_files import read_price_file
 from smlstm.data.request import (
     INTERVALS,
+    SOURCE_CHOICES,
     InvalidRequest,
     NoPrices,
     YahooUnreachable,
@@ -64,9 +65,7 @@ def _load_sample(ticker: str, interval: str, start: Any, end: Any, reason: str =
 def _load_file(ticker: str, path: Path, start: Any, end: Any, interval: str, date_format: str | None) -> Prices:
     "Prices of a file between two dates."
     if path.suffix.lower() not in (".csv", ".parquet"):
-        raise InvalidRequest(
-            f"{str(path)!r} is not a source: choose 'auto', 'yahoo', 'sample' or a path to .csv or .parquet"
-        )
+        raise InvalidRequest(f"{str(path)!r} is not a source: choose {SOURCE_CHOICES}")
     frame, report = clean_prices(read_price_file(path, interval, ticker, date_format))
     rows = _choose_rows(frame, start, end, interval, path.name)
     changed = pd.Timestamp(path.stat().st_mtime, unit="s", tz="UTC").floor("s").isoformat()
@@ -115,7 +114,7 @@ def _load_yahoo(job: Job, source: str, start: Any, end: Any) -> Prices:
 # %% ../../nbs/data/17_prices.ipynb #c8e97261
 def load_prices(
     ticker: str = "SPY",  # Yahoo symbol
-    source: str | os.PathLike = "auto",  # "auto", "yahoo", "sample", or a path to .csv or .parquet
+    source: str | os.PathLike = "auto",  # one of `SOURCES`, or a path to .csv or .parquet
     start: Any = None,  # first date, included; None for 20 years (intraday, files, sample: all there is)
     end: Any = None,  # last date, excluded; None for now
     interval: str = "1d",  # one of `INTERVALS`; intraday prices are adjusted for splits only, as Yahoo has them
@@ -136,9 +135,7 @@ def load_prices(
     elif isinstance(source, (str, os.PathLike)):
         prices = _load_file(ticker, Path(source).expanduser(), start, end, interval, date_format)
     else:
-        raise InvalidRequest(
-            f"{source!r} is not a source: choose 'auto', 'yahoo', 'sample' or a path to .csv or .parquet"
-        )
+        raise InvalidRequest(f"{source!r} is not a source: choose {SOURCE_CHOICES}")
     for note in prices.provenance.notes:
         _logger.warning("%s: %s", ticker, note)
     return prices

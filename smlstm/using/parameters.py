@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..data.frequencies import FREQUENCIES
-from ..data.request import INTERVALS, check_interval, check_ticker
+from ..data.request import INTERVALS, SOURCES, check_interval, check_ticker
 from ..data.windows import gap_rows, time_folds
 from ..learning.device import pick_device
 from .horizons import as_horizons, horizon_setting
@@ -78,7 +78,7 @@ def _is_date(value: Any) -> bool:
 
 def _is_source(value: Any) -> bool:
     "A source of prices by name, or an existing .csv or .parquet file."
-    if value in ("auto", "yahoo", "sample"):
+    if value in SOURCES:
         return True
     return isinstance(value, str) and Path(value).suffix.lower() in (".csv", ".parquet") and Path(value).is_file()
 
@@ -141,7 +141,7 @@ _DEVICE = _one_of("auto", "cpu", "cuda", "xla")
 
 RULES = {
     "ticker": Rule(_TICKERS, _passes(check_tickers)),
-    "source": Rule("'auto', 'yahoo', 'sample', or a .csv or .parquet file that exists", _passes(_is_source)),
+    "source": Rule(f"{', '.join(map(repr, SOURCES))}, or a .csv or .parquet file that exists", _passes(_is_source)),
     "start": Rule("a date such as '2010-01-31', or None", _is_date),
     "end": Rule("a date such as '2010-01-31', or None", _is_date),
     "interval": Rule(f"a bar length, one of {', '.join(INTERVALS)}", _passes(check_interval)),
@@ -200,8 +200,8 @@ def _starts_before_end(p: Mapping) -> bool:
 _JOINT_RULES = [
     JointRule(
         "source",
-        lambda p: "'auto', 'yahoo' or 'sample' for several tickers: a file holds one series",
-        lambda p: "," not in p["ticker"] or p["source"] in ("auto", "yahoo", "sample"),
+        lambda p: f"one of {', '.join(SOURCES)} for several tickers: a file holds one series",
+        lambda p: "," not in p["ticker"] or p["source"] in SOURCES,
     ),
     JointRule(
         "ensemble",
