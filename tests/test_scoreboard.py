@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from smlstm.evidence.planted_scores import CONTENDERS, PARTS, Figure, scoreboard
+from smlstm.evidence.product import PRODUCT_MEASURES, read_product
 from smlstm.evidence.scoreboard import MEASURES, judged, main, measure_figures, random_walk, read_record
 
-RECORD = Path(__file__).parent.parent / "nbs" / "evidence" / "scoreboard.json"
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "nbs" / "evidence" / "scoreboard.json"
+PRODUCT = RECORD.with_name("product.json")
+WORDS = {"skill shown", "no skill shown", "too few observations to tell"}
 
 
 def test_the_record_is_whole_and_in_order():
@@ -42,6 +46,27 @@ def test_every_recorded_verdict_follows_from_its_numbers():
     assert set(noise.facts) == set(CONTENDERS) and noise.holds == all(
         len(heads) == 20 and sum(map(bool, heads.values())) <= 1 for heads in noise.facts.values()
     )
+
+
+def test_the_products_record_is_of_several_seeds():
+    scores = read_product(PRODUCT)
+    assert list(scores) == [name for name in PRODUCT_MEASURES if name in scores]
+    assert {"SPY", "QQQ", "threads", "regime switch", "GJR-GARCH", "constant variance", "noise"} <= set(scores)
+    for name in ("SPY", "QQQ"):
+        part = scores[name]
+        assert len(part) >= 5 and part["QLIKE, model"].nunique() == len(part)  # each seed is a run of its own
+        assert part["QLIKE, linear"].nunique() == 1  # contenders know no seed
+    for part in scores.values():
+        for head in ("price", "direction", "volatility"):
+            assert set(part[f"verdict, {head}"].str.split(":").str[0]) <= WORDS
+        assert (part.filter(like="share of") <= 1.0).all(axis=None)
+
+
+def test_the_front_page_shows_the_products_record():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("SPY", "QQQ"):
+        own = read_product(PRODUCT)[name]["QLIKE, model"]
+        assert f"{own.mean():.4f} ± {own.std():.4f}" in page
 
 
 def test_nothing_can_be_known_about_a_random_walk():
