@@ -295,6 +295,40 @@ def test_no_index_is_out_of_bounds(tmp_path):
     assert python(BOUNDS, tmp_path, NUMBA_DISABLE_JIT="1")[0] == "within"
 
 
+COUNTED = """
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    import smlstm.model.kernels
+    from smlstm.model.memory import random_inputs
+    from smlstm.model.mixing import mixed_chunkwise, random_mixing
+    product, ran = np.dot, []
+
+    def counted(x, y, *out):
+        ran.append(2 * x.shape[0] * x.shape[1] * y.shape[1])
+        return product(x, y, *out)
+
+    np.dot = counted
+    for e, kind in ((3, dict(value=None)), (2, dict(value="diagonal")), (2, dict(value="full", key="full"))):
+        q, k, v, *gates = (x.requires_grad_() for x in random_inputs(1, 2, 35, 2))
+        v = torch.cat([v, v], -1)[..., :e]
+        ran.clear()
+        with FlopCounterMode(display=False) as counter:
+            h, _ = mixed_chunkwise(q, k, v, *gates, random_mixing(1, 2, 35, 2, R=3, N=2, **kind), backend="kernel")
+            forward = sum(ran)
+            h.sum().backward()
+        found = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+        right = {"smlstm.memory": forward, "smlstm.memory_backward": sum(ran) - forward}
+        assert right.items() <= found.items(), (kind, found, right)
+    print("counted")
+"""
+
+
+def test_counted_operations_are_the_products_that_run(tmp_path):
+    "FlopCounterMode against the products of the kernel, run as Python and counted one by one."
+    assert python(COUNTED, tmp_path, NUMBA_DISABLE_JIT="1")[0] == "counted"
+
+
 @pytest.mark.slow
 def test_no_index_is_out_of_bounds_when_compiled(tmp_path):
     assert python(BOUNDS, tmp_path, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))[0] == "within"

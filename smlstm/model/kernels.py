@@ -18,6 +18,7 @@ import scipy.linalg.cython_blas  # noqa: F401  (the library of Numba's products)
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .kernel_full import FULL, FULL_BACK, Full, FullBack, full_backward, full_forward
 from smlstm.model.kernel_masks import (
@@ -341,6 +342,31 @@ def backward_of_models(info, dims, *inputs):
     parts = [fold(x, dim, info.batch_size, axis) for x, dim, axis in zip(inputs, dims, axes)]
     out = memory_backward_op(*parts, inputs[-1])
     return tuple(unfold(part, info.batch_size, axis) for part, axis in zip(out, (*AXES, 1, 1, 1))), (0,) * len(out)
+
+# %% ../../nbs/model/06_kernels.ipynb #0897c71d
+def multiply_adds(
+    q: Sequence[int], v: Sequence[int], w: Sequence[int], Z: Sequence[int], Bt: Sequence[int], back: bool
+) -> int:
+    "Multiplications in the products of all chunks, each with its addition, from the shapes of the operation's inputs."
+    (B, H, T, d), e, R, M, L = q, v[-1], w[-1], Z[-2], STEPS
+    scores, reads, memory, maps = L * L * d, L * L * e, L * d * e, R * L * (d * d + e * e)
+    if not Bt[-1]:
+        chunk = 3 * scores + 2 * R * reads + 5 * M * memory if back else scores + R * reads + 2 * M * memory
+    elif back:
+        chunk = 3 * maps + (3 + 3 * R) * scores + 2 * R * reads + (3 * M + 2 * R * (M - R) + 2 * R) * memory
+    else:
+        chunk = maps + (1 + R) * scores + R * reads + (M + R * (M - R) + R) * memory
+    return B * H * -(-T // L) * chunk
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).memory)
+def memory_flops(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, Z, *others, **options):
+    return 2 * multiply_adds(q, v, w, Z, Bt, False)
+
+
+@register_flop_formula(getattr(torch.ops, LIBRARY).memory_backward)
+def backward_flops(grad_h, grad_Z, grad_n, q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, *others, **options):
+    return 2 * multiply_adds(q, v, w, grad_Z, Bt, True)
 
 # %% ../../nbs/model/06_kernels.ipynb #52cac041
 def chunkwise_kernel(
