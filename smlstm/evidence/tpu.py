@@ -92,7 +92,7 @@ TPU_TABLES: dict[str, list[dict]] = {
         dict(xla_chunk_size=L, batch_size=B)
         for B, L in ((16, 32), (16, 64), (16, 128), (16, 256), (64, 128), (64, 256))
     ],
-    "lengths": [dict(seq_length=T, n_heads=1) for T in (256, 1024, 4096)],
+    "lengths": [dict(seq_length=T, n_heads=1) for T in (256, 1024, 2048, 4096)],
     "chips": [dict(chip=chip, seq_length=T, batch_size=16, hidden_size=32) for chip in CHIPS for T in (128, 512)],
     "costs": [dict(hidden_size=D, batch_size=B) for D in (32, 64, 128) for B in (16, 64, 256)],
 }

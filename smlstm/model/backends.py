@@ -75,7 +75,7 @@ def engine(name: str, q: Tensor, backend: str | None) -> Callable:
     return LOADED[backend][name]
 
 # %% ../../nbs/model/00_backends.ipynb #3e0a10d9
-XLA_STEPS = 512  # the longest sequence that XLA reads at once
+XLA_STEPS = 1024  # the longest sequence that XLA reads at once
 
 
 def split_linear(linear: nn.Linear, x: Tensor, widths: tuple) -> list[Tensor]:

@@ -136,19 +136,19 @@ def checkpointed_scan(
     return CellOutput(torch.cat([h, rest.h], 1), torch.cat([regimes, rest.regimes], 1), rest.state)
 
 # %% ../../nbs/using/57_xla_scan.ipynb #6fa80c2d
-XLA_TABLES = 32  # chunks that one turn reads, over all heads and rows of its block
+XLA_TABLES = 128  # chunks of 128 steps that one turn reads, over all heads and rows of its block
 
 
-def turn_size(batch: int, config: CellConfig) -> tuple[int, int]:
-    "Rows of a batch and steps that one turn reads on XLA; the rows divide the batch."
-    fitting = [rows for rows in range(1, batch + 1) if batch % rows == 0 and rows * config.n_heads <= XLA_TABLES]
-    rows = max(fitting, default=batch)
-    if rows * config.n_heads < XLA_TABLES // 4:
-        rows = batch  # better too many than a few at a time
-    chunks = max(1, XLA_TABLES // (rows * config.n_heads))
-    return rows, min(XLA_STEPS, config.xla_chunk_size * chunks)
+def turn_size(batch: int, config: CellConfig, whole: bool = False) -> tuple[int, int]:
+    "Rows of a batch and steps that one turn reads on XLA; the rows divide the batch, and with `whole` are all of it."
+    L = config.xla_chunk_size
+    chunks, most = max(1, XLA_STEPS // L), XLA_TABLES * 128**2 // (config.n_heads * L * max(L, 128))  # for each row
+    rows = max((n for n in range(1, batch + 1) if batch % n == 0 and n * chunks <= most), default=1)
+    if whole or 4 * rows * chunks < min(batch * chunks, most):
+        rows = batch  # better fewer steps than a few rows at a time
+    return rows, L * max(1, min(chunks, most // rows))
 
 # %% ../../nbs/using/57_xla_scan.ipynb #fc712a6f
 def scan_cell(cell: ParallelSMLSTMCell, x: Tensor, state: CellState | None = None) -> CellOutput:
     "`cell.parallel_forward` for x [B, T, D] as a loop, with the size of a turn from the cell's configuration."
-    return checkpointed_scan(cell, x, state, *turn_size(x.shape[0], cell.config))
+    return checkpointed_scan(cell, x, state, *turn_size(x.shape[0], cell.config, whole=state is not None))
