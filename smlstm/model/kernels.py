@@ -360,12 +360,12 @@ def multiply_adds(
 
 
 @register_flop_formula(getattr(torch.ops, LIBRARY).memory)
-def memory_flops(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, Z, *others, **options):
+def _memory_flops(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, Z, *others, **options):
     return 2 * multiply_adds(q, v, w, Z, Bt, False)
 
 
 @register_flop_formula(getattr(torch.ops, LIBRARY).memory_backward)
-def backward_flops(grad_h, grad_Z, grad_n, q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, *others, **options):
+def _backward_flops(grad_h, grad_Z, grad_n, q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, *others, **options):
     return 2 * multiply_adds(q, v, w, grad_Z, Bt, True)
 
 # %% ../../nbs/model/06_kernels.ipynb #52cac041
