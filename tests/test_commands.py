@@ -1,6 +1,7 @@
 """The console script: its exit codes, its JSON, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from test_train import SMALL
 import smlstm
 from smlstm.data.prices import load_prices
 from smlstm.using.commands import main, parse_parameters
+from smlstm.using.forecaster import Forecaster
 
 FUNCTIONS = """
 def past(prices):
@@ -55,10 +57,9 @@ def test_predict_from_another_source(folder, tmp_path, capsys):
 def test_predict_fits_again_when_it_is_due(folder, tmp_path, capsys):
     """Forty bars after the run: not due at 41, due at 40; then the saved model has been fitted on all of them."""
     prices = load_prices("SPY", "sample", start=SMALL["start"]).frame
-    prices.iloc[:-40].to_csv(tmp_path / "old.csv")
     prices.to_csv(tmp_path / "new.csv")
-    options = {"output_dir": str(tmp_path), **SMALL, "epochs": 1, "source": str(tmp_path / "old.csv")}
-    older = smlstm.run(options).folder
+    older = shutil.copytree(folder, tmp_path / "SPY")
+    Forecaster.load(older).fit({"SPY": prices.iloc[:-40]}, progress=False).save(older)
     saved = lambda: (older / "model.safetensors").read_bytes()
     ask = ["predict", str(older), "--json", "--source", str(tmp_path / "new.csv"), "--refit-every"]
     before = saved()
@@ -68,7 +69,7 @@ def test_predict_fits_again_when_it_is_due(folder, tmp_path, capsys):
     second = json.loads(capsys.readouterr().out)
     assert "Fitted again" in second["data"][-1] and len(first["data"]) == 1
     assert second["forecasts"][0]["date"] == first["forecasts"][0]["date"]
-    assert smlstm.Forecaster.load(older).bars_since_fit(prices) == 0
+    assert Forecaster.load(older).bars_since_fit(prices) == 0
     with pytest.raises(SystemExit):
         main([*ask, "0"])
     assert "at least 1" in capsys.readouterr().err

@@ -161,7 +161,8 @@ def check_yearly(result, per_year):
 
 
 @pytest.mark.parametrize(
-    "interval, per_year, target, length", [("1wk", 52, "2019-01-11", 52), ("1mo", 12, "2019-01-31", 12)]
+    "interval, per_year, target, length",
+    [("1wk", 52, "2019-01-11", 52), pytest.param("1mo", 12, "2019-01-31", 12, marks=pytest.mark.slow)],
 )
 def test_weekly_and_monthly_bars_go_all_the_way(tmp_path, interval, per_year, target, length):
     result = flow(tmp_path, resampled(arch.data.sp500, interval), interval)

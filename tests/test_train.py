@@ -244,6 +244,7 @@ def test_an_unknown_ticker_is_refused_in_the_same_cell(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_ensemble_leaves_the_same_files_and_goes_on_from_them(tmp_path):
     from smlstm.data.prices import load_prices
     from smlstm.using.ensemble import SMLSTMEnsemble
