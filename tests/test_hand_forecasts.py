@@ -22,6 +22,7 @@ from smlstm.learning.settings import TrainConfig
 from smlstm.model.model import Forecast
 from smlstm.using.estimator import ForecasterRegressor
 from smlstm.using.forecaster import Forecaster, fit_forecaster
+from smlstm.using.linear import Line, LinearHeads
 from smlstm.using.panels import WindowConfig
 from smlstm.using.storage import ForecasterFileError
 from smlstm.using.tables import build_table
@@ -264,3 +265,11 @@ def test_estimator_forecasts_means(fitted, expected, prices):
     np.testing.assert_allclose(estimator("log_variance"), want.mean_log_variance, rtol=1e-5)
     np.testing.assert_allclose(estimator("log_return"), np.log(want.forecast_close / last.close), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(estimator("up"), want.up_probability, rtol=1e-5)
+
+
+def test_the_reference_of_the_variance_by_hand():
+    """Half way from a variance of 16 to a mean of 4 is 8; the line adds 0.1 for each unit of its feature."""
+    still = Line((0.0,), 0.0)
+    heads = LinearHeads(still, still, Line((0.1,), 0.0), toward_mean=0.5, log_level=math.log(4.0))
+    found = heads(np.array([[0.0], [2.0]]), np.array([16.0, 16.0])).volatility
+    assert 16 * np.exp(found) == pytest.approx([8.0, 8.0 * math.exp(0.2)])
