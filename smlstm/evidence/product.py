@@ -96,11 +96,11 @@ def score_row(
     forecasts: pd.DataFrame,  # from `index_frames`
 ) -> dict[str, Any]:
     "Mean losses of the model and of those it has to beat, p-values and verdicts."
-    loss = {head: {} for head in HEAD_COLUMNS}
-    for head, own in HEAD_COLUMNS.items():
-        actual = forecasts[own.actual]
-        loss[head] = {n: head_loss(head, actual, f).mean() for n, f in head_forecasts(forecasts, head).items()}
-    price, brier, qlikes = loss.values()
+    mean_loss = lambda head, forecast: head_loss(head, forecasts[HEAD_COLUMNS[head].actual], forecast).mean()
+    price, brier, qlikes = (
+        {name: mean_loss(head, forecast) for name, forecast in head_forecasts(forecasts, head).items()}
+        for head in ("price", "direction", "volatility")
+    )
     row = {f"QLIKE, {name}": qlikes[name] for name in ("model", "linear", "boosted", "ewma")}
     row |= {"price error over persistence": price["model"] / price["persistence"] - 1}
     row |= {"Brier over the share of rises": brier["model"] / brier["share"] - 1}
