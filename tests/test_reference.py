@@ -242,17 +242,18 @@ def test_mixed_gates_that_overflow_float32(form):
     assert_close(h, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["kernel", "array"])
 @pytest.mark.parametrize("window", [1, 2, 5, 20])
-def test_signals(window):
+def test_signals(window, backend):
     x = np.random.default_rng(window).standard_normal((2, 60)).cumsum(1)
     x[1, 20:45] = 0.5  # a flat stretch, where r is 0/0; means of halves are exact
     leaf = torch.tensor(x, requires_grad=True)
-    ours, _ = market_signals(leaf, window)
+    ours, _ = market_signals(leaf, window, backend=backend)
     got = torch.stack([ours.volatility, ours.trend, ours.agreement, ours.autocorrelation], -1)
     want = np.stack([reference.signals(row, window) for row in x])
     assert_close(got.detach(), torch.tensor(want), rtol=1e-9, atol=1e-9)
     alone = {"x": leaf[:1].detach().requires_grad_()}
-    ours, _ = market_signals(alone["x"], window)
+    ours, _ = market_signals(alone["x"], window, backend=backend)
     ours = [torch.stack([ours.volatility, ours.trend, ours.agreement, ours.autocorrelation], -1)[:, window:]]
     check_gradients(projection(ours), lambda y: projection([reference.signals(y["x"][0], window)[window:]]), alone, 9)
 

@@ -80,6 +80,7 @@ def test_a_number_of_seeds_that_cannot_work_is_refused(seeds):
         check_parameters(seeds=seeds)
 
 
+@pytest.mark.slow
 def test_a_further_seed_is_a_run_with_that_seed(tmp_path):
     several = run(SMALL, seed=7, seeds=2, output_dir=str(tmp_path / "several"))
     alone = run(SMALL, seed=8, output_dir=str(tmp_path / "alone"))

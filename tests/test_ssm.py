@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from smlstm.model.numerics import exprel
 from smlstm.model.ssm import (
     FASTEST,
     MarketClock,
@@ -329,3 +330,15 @@ def test_every_parameter_has_a_gradient():
     y, _ = ssm(torch.randn(2, 50, 3), torch.rand(2, 50) * 4, 0.5 + torch.rand(2, 50) / 2)
     y.square().sum().backward()
     assert all((p.grad != 0).all() for p in ssm.parameters())
+
+
+@pytest.mark.parametrize("z", [-3.0, -0.11, -0.09, -1e-3, -1e-9, 0.0, 0.09, 0.5])
+def test_exprel_and_its_slope_are_their_series(z):
+    "sum of z^k / (k + 1)!, and its derivative, in fractions."
+    exact = Fraction(z)
+    value = sum(exact**k / math.factorial(k + 1) for k in range(40))
+    slope = sum(k * exact ** (k - 1) / math.factorial(k + 1) for k in range(1, 40))
+    x = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(exprel(x), x)
+    assert exprel(x).item() == pytest.approx(float(value), rel=1e-14)
+    assert gradient.item() == pytest.approx(float(slope), rel=1e-13)

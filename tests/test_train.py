@@ -15,6 +15,9 @@ import pandas as pd
 import papermill
 import pytest
 
+from smlstm.using.parameters import ParameterError
+from smlstm.using.run import run as run_here
+
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "train.ipynb"
 SMALL = dict(
     source="sample",
@@ -217,7 +220,16 @@ def test_a_panel_of_two_leaves_one_model_and_a_report_for_each(tmp_path):
         ("seq_length", 4096),
     ],
 )
-def test_a_wrong_value_is_refused_before_any_work(tmp_path, name, value):
+def test_a_wrong_value_is_refused_before_any_work(tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError) as caught:
+        run_here(SMALL, **{"output_dir": str(tmp_path / "runs"), name: value})
+    assert name in str(caught.value) and repr(value) in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name, value", [("epochs", -1), ("source", "nowhere.csv")])
+def test_the_notebook_refuses_a_wrong_value_before_any_work(tmp_path, name, value):
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(
             NOTEBOOK,

@@ -14,6 +14,7 @@ from torch import Tensor
 from .inputs import below_infinity, finite_log, finite_steps, mark_dead, without_dead_steps
 from .mixing import TIMED, MixedState, Mixing, initial_mixed, mixed_chunks, mixed_memory, state_growth
 from .numerics import SEGMENT, cut, join
+from .signals import market_signals_array  # noqa: F401
 from .stabilization import MemoryState, read_chunks
 
 # %% ../../nbs/model/06a_array_engine.ipynb #a06e0006

@@ -123,11 +123,16 @@ ChunkMasks = namedtuple("ChunkMasks", MASKS)
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #185a6735
 @compiled
-def finite_until(x, stop):
-    "The first step of x [T, n] before `stop` at which it is NaN or plus infinity, else `stop`."
+def finite_until(x, lowest, stop):
+    "The first step of x [T, n] before `stop` without `lowest` <= x < infinity, else `stop`."
+    flat, total = x.reshape(x.size), 0.0
+    for j in range(x.size):
+        total += flat[j] * 0
+    if total == 0:
+        return stop
     for t in range(stop):
         for j in range(x.shape[1]):
-            if not x[t, j] < np.inf:
+            if not lowest <= x[t, j] < np.inf:
                 return t
     return stop
 
@@ -137,14 +142,10 @@ def find_stops(x):
     "Fill `x.stop`."
     for s in range(len(x.stop)):
         o, stop = x.place[s, 0], x.q.shape[1]
-        for part in (x.k[s], x.v[s], x.w[o], x.b[o]):
-            stop = finite_until(part, stop)
-            stop = finite_until(-part, stop)
-        stop = finite_until(x.log_a[o], stop)
-        for t in range(stop):
-            if not (x.log_i[s, t] < np.inf and x.log_f[s, t] < np.inf and abs(x.s[o, t]) < np.inf):
-                stop = t
-                break
+        for part in (x.k[s], x.v[s], x.w[o], x.b[o], x.s[o][:, None]):
+            stop = finite_until(part, np.finfo(np.float64).min, stop)
+        for part in (x.log_a[o], x.log_i[s][:, None], x.log_f[s][:, None]):
+            stop = finite_until(part, -np.inf, stop)
         x.stop[s] = stop
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #c2ad1656

@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+# %% ../../nbs/model/06_kernels.ipynb #ff140573
 from .kernel_full import FULL, FULL_BACK, Full, FullBack, full_backward, full_forward
 from smlstm.model.kernel_masks import (
     ADJOINTS,
@@ -38,6 +39,15 @@ from smlstm.model.kernel_masks import (
     masks_backward,
 )
 from .kernel_rows import ROWS, ROWS_BACK, Kept, Rows, RowsBack, rows_backward, rows_forward
+from smlstm.model.kernel_signals import (
+    arrays_of,
+    differentiable,
+    fold,
+    library_of,
+    market_signals_kernel,  # noqa: F401
+    once_differentiable,
+    unfold,
+)
 from .mixing import MixedState, Mixing, initial_mixed, mixed_memory, transformed
 from .numerics import exp_flush
 from .stabilization import MemoryState
@@ -98,11 +108,6 @@ def in_threads(work: Callable[[int, int], None], S: int) -> None:
         list(pool.map(part, bounds))
 
 # %% ../../nbs/model/06_kernels.ipynb #aebb1d6d
-def arrays_of(*tensors: Tensor) -> list[np.ndarray]:
-    "Contiguous arrays of tensors, without a copy where there is none to make."
-    return [x.detach().contiguous().numpy() for x in tensors]
-
-
 def places(B: int, H: int, G: int, shared: bool) -> np.ndarray:
     "For each sequence the row of its coefficients (one for all where the batch shares them), its head and its group."
     b, h = np.divmod(np.arange(B * H), H)
@@ -190,10 +195,7 @@ def run_backward(x: Inputs, m: np.ndarray, out: Kept, theta: float, grad: np.nda
     in_threads(work, len(x.q))
 
 # %% ../../nbs/model/06_kernels.ipynb #7c142de5
-LIBRARY = "smlstm" if __name__.startswith("smlstm") else "smlstm_notebook"  # an operation is registered once
-
-
-@torch.library.custom_op(f"{LIBRARY}::memory", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{library_of(__name__)}::memory", mutates_args=(), device_types="cpu")
 def memory_op(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,  # [B, H, T, d], [B, H, T, e], [B, H, T]
     w: Tensor, log_a: Tensor, b: Tensor, s: Tensor,  # [B or 1, G, T, R], [., ., T, N], [., ., T, N], [., ., T]
@@ -224,7 +226,7 @@ def memory_shapes(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, Z, n, m, r
     return tuple(q.new_empty(B, H, *shape) for shape in shapes)
 
 # %% ../../nbs/model/06_kernels.ipynb #705ffcae
-@torch.library.custom_op(f"{LIBRARY}::memory_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{library_of(__name__)}::memory_backward", mutates_args=(), device_types="cpu")
 def memory_backward_op(
     grad_h: Tensor, grad_Z: Tensor, grad_n: Tensor,
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
@@ -255,22 +257,7 @@ def backward_shapes(grad_h, grad_Z, grad_n, *parts):
     return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in like)
 
 # %% ../../nbs/model/06_kernels.ipynb #05144b25
-class MemoryBackward(torch.autograd.Function):
-    "`memory_backward_op`, which has no derivative."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs):
-        return memory_backward_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("the CPU kernel has no second derivative: use backend='array' for it")
+memory_gradients = once_differentiable(memory_backward_op)
 
 
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -288,43 +275,18 @@ def memory_grads(ctx: Any, grad_h: Tensor | None, grad_Z: Tensor | None, grad_n:
     *_, h, _, _, Zs, ns = saved
     like = h, Zs[:, :, 0], ns[:, :, 0]
     given = (torch.zeros_like(x) if grad is None else grad for grad, x in zip((grad_h, grad_Z, grad_n), like))
-    *parts, rest, Z, n = MemoryBackward.apply(*given, *saved, ctx.theta)
+    *parts, rest, Z, n = memory_gradients(*given, *saved, ctx.theta)
     return (*parts, Z, n, None, rest, None, None)
 
 
-memory_op.register_autograd(memory_grads, setup_context=save_for_backward)
-
-# %% ../../nbs/model/06_kernels.ipynb #cdcd2b79
-class MemoryFunction(torch.autograd.Function):
-    "`memory_op`, differentiable by autograd and by `torch.func`."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs):
-        return memory_op(*inputs)
-
-    setup_context = staticmethod(save_for_backward)
-    backward = staticmethod(memory_grads)
+run_with_gradient = differentiable(memory_op, save_for_backward, memory_grads)
 
 
 def run_memory(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "h [B, H, T, e]; memories and n at the end; m [B, H, T + 1]: inputs of `memory_op` but `keep`."
-    run = memory_op if torch.compiler.is_compiling() else MemoryFunction.apply
-    return run(*inputs, torch.is_grad_enabled())[:4]
+    return run_with_gradient(*inputs, torch.is_grad_enabled())[:4]
 
 # %% ../../nbs/model/06_kernels.ipynb #c996363b
-def fold(x: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    "The axis of the models (`dim`; None: the same for all) in front of axis `axis`, folded into it."
-    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.movedim(0, axis).flatten(axis, axis + 1)
-
-
-def unfold(x: Tensor, size: int, axis: int) -> Tensor:
-    "The models of `fold` apart again, in the first axis."
-    return x.unflatten(axis, (size, -1)).movedim(axis, 0)
-
-
 AXES = (1,) * 9 + (0,) * 4  # of q, k, v, log_i, log_f, w, log_a, b, s (heads or groups); C, D, A, Bt
 
 
@@ -359,12 +321,12 @@ def multiply_adds(
     return B * H * -(-T // L) * chunk
 
 
-@register_flop_formula(getattr(torch.ops, LIBRARY).memory)
+@register_flop_formula(getattr(torch.ops, library_of(__name__)).memory)
 def _memory_flops(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, Z, *others, **options):
     return 2 * multiply_adds(q, v, w, Z, Bt, False)
 
 
-@register_flop_formula(getattr(torch.ops, LIBRARY).memory_backward)
+@register_flop_formula(getattr(torch.ops, library_of(__name__)).memory_backward)
 def _backward_flops(grad_h, grad_Z, grad_n, q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, *others, **options):
     return 2 * multiply_adds(q, v, w, grad_Z, Bt, True)
 
@@ -373,7 +335,7 @@ def chunkwise_kernel(
     inputs: Sequence[Tensor], theta: float, state: MemoryState, chunk_size: int
 ) -> tuple[Tensor, MemoryState]:
     "`stabilization.chunkwise` by the kernel."
-    q, k, v, log_i, log_f = inputs
+    q, k, v, log_i, log_f = (x.contiguous() for x in inputs)
     (_, H, T, _), e = q.shape, v.shape[3]
     one, none = q.new_ones(1, 1, T, 1), q.new_zeros(1, 1, T, 0)
     coefficients = one, none, none, q.new_zeros(1, 1, T), q.new_zeros(1, 0), q.new_ones(1)
@@ -419,7 +381,7 @@ def mixed_chunkwise_kernel(
     inputs: Sequence[Tensor], mix: Mixing, theta: float, state: MixedState | None, chunk_size: int
 ) -> tuple[Tensor, MixedState]:
     "`mixing.mixed_chunkwise` by the kernel, for all transforms but networks."
-    q, k, v, log_i, log_f = inputs
+    q, k, v, log_i, log_f = (x.contiguous() for x in inputs)  # once, for both passes
     (_, H, _, d), e, N = q.shape, v.shape[3], mix.C.shape[0]
     state = state or initial_mixed(k, v, N)
     w, A, Bt = kernel_transforms(mix, H, d, e)

@@ -6,7 +6,7 @@
 __all__ = ['Windows', 'trailing_windows', 'from_start', 'centered', 'safe_sqrt', 'deviation', 'rolling_volatility',
            'over_running_mean', 'normalized_volatility', 'window_autocorrelation', 'as_strength', 'trend_strength',
            'autocorrelation', 'smoothing', 'ema', 'ema_change', 'ema_agreement', 'SignalState', 'initial_signal_state',
-           'Signals', 'market_signals']
+           'Signals', 'market_signals', 'market_signals_array']
 
 # %% ../../nbs/model/04_signals.ipynb #0c141ea4
 from typing import NamedTuple
@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends import engine
 from .checks import check_choice
+from .inputs import fit_state
 from .numerics import as_series, leaky_sum
 
 # %% ../../nbs/model/04_signals.ipynb #80b40259
@@ -157,8 +159,7 @@ def ema(
     x = as_series(x)
     if (span is None) == (alpha is None):
         raise ValueError(f"span={span} and alpha={alpha}: give exactly one of them")
-    if alpha is None:
-        alpha = smoothing(span)
+    alpha = smoothing(span) if alpha is None else alpha
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha} must be above 0 and at most 1")
     return leaky_sum(alpha * x, 1 - alpha, x[:, 0])
@@ -219,18 +220,23 @@ def market_signals(
     fast: float = 12,  # span of the fast average
     slow: float = 26,  # span of the slow average
     state: SignalState | None = None,  # from the previous piece of the series; None begins one
+    backend: str | None = None,  # "auto", "array", "kernel" or "xla"; None: what `set_backend` chose
 ) -> tuple[Signals, SignalState]:
-    "All four signals, and the state to continue from. Raises `ValueError` for a state of another window."
+    "All four signals, and the state to continue from. Raises `ValueError` for a state that does not fit."
     x = as_series(x, window)
-    if state is None:
-        state = initial_signal_state(x.shape[0], window, x.dtype, x.device)
-    if state.window.shape[1] != window:
+    if state is not None and state.window.shape[1] != window:
         raise ValueError(f"the state remembers {state.window.shape[1]} values, but window={window}")
+    state = fit_state(state, initial_signal_state(x.shape[0], window, x.dtype, x.device))
+    return engine("market_signals", x, backend)(x, fast, slow, state)
+
+
+def market_signals_array(x: Tensor, fast: float, slow: float, state: SignalState) -> tuple[Signals, SignalState]:
+    "`market_signals` by array operations, for x [B, T] and a state that fits it."
     windows = trailing_windows(x, state.window, state.count)
     volatility, total = over_running_mean(deviation(windows), state.volatility_sum, state.count)
     last = torch.where(state.count > 0, state.window[:, -1], x[:, 0])
     quick, steady = ema_change(x, fast, last, state.fast), ema_change(x, slow, last, state.slow)
     r = window_autocorrelation(windows)
     signals = Signals(volatility, as_strength(r), quick.sign() * steady.sign(), r)
-    recent = torch.cat([state.window, x], 1)[:, -window:]
+    recent = torch.cat([state.window, x], 1)[:, x.shape[1] :]
     return signals, SignalState(recent, state.count + x.shape[1], total, quick[:, -1], steady[:, -1])

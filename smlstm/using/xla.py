@@ -27,6 +27,7 @@ from smlstm.model.mixing import (
     state_growth,
 )
 from ..model.numerics import cut, join
+from ..model.signals import market_signals_array as market_signals_xla  # noqa: F401
 from ..model.stabilization import MemoryState, Scales, chunk_scales, normalized_read
 
 # %% ../../nbs/using/59_xla.ipynb #be20c6ae
