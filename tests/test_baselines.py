@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import minimize
 from statsmodels.api import OLS, add_constant
 
 from smlstm.data.variance import variance_proxy
@@ -11,6 +12,7 @@ from smlstm.judging.baselines import (
     boosted_forecast,
     leverage_har_variance,
     linear_forecast,
+    range_garch_variance,
     tuned_ewma_variance,
 )
 
@@ -83,6 +85,44 @@ def test_leverage_is_the_regression_of_statsmodels(prices):
     expected = raw * (proxy.shift(-1)[22:600] / raw[: 600 - 22]).mean()
     np.testing.assert_allclose(leverage_har_variance(prices.close, proxy, slice(0, 600))[22:], expected, rtol=1e-7)
     assert fit.params["down1"] < 0 and abs(fit.params["down1"] + fit.params["up1"]) > 0.01  # both signs count
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_range_garch_by_its_quasi_likelihood(horizon):
+    "Parameters by a search in numpy, the recursion and the mean of the bars ahead by hand; arch has no part in it."
+    rng, h, v = np.random.default_rng(5), 1.0, []
+    down = rng.random(3_000) < 0.5
+    for fell, draw in zip(down, rng.chisquare(6, 3_000) / 6):
+        v.append(h * draw)
+        h = 0.06 + (0.08 + 0.16 * fell) * v[-1] + 0.78 * h
+    v = np.array(v)
+
+    def path(parameters):
+        "Conditional variance of each row, and that of the one after the last."
+        omega, alpha, gamma, beta = parameters
+        h = [v[:1_500].mean()]
+        for value, fell in zip(v, down):
+            h.append(omega + (alpha + gamma * fell) * value + beta * h[-1])
+        return np.array(h)
+
+    def quasi(parameters):
+        h = path(parameters)[:1_500]
+        return np.mean(np.log(h) + v[:1_500] / h) if (h > 0).all() else 1e9
+
+    omega, alpha, gamma, beta = found = minimize(quasi, [0.1, 0.1, 0.1, 0.7], method="Nelder-Mead", tol=1e-9).x
+    next_one, steps = path(found)[1:], []
+    for _ in range(horizon):
+        steps.append(next_one)
+        next_one = omega + (alpha + gamma / 2 + beta) * next_one
+    expected = np.mean(steps, 0)
+    ahead = np.convolve(v, np.ones(horizon) / horizon, "valid")[1:]
+    expected *= np.mean(ahead[:1_500] / expected[:1_500])
+    close = pd.Series(100 * np.exp(np.cumsum(np.where(down, -0.01, 0.01))))
+    got = range_garch_variance(close, pd.Series(1e-4 * v), slice(0, 1_500), horizon).to_numpy() * 1e4
+    assert gamma > 0.08
+    np.testing.assert_allclose(
+        got[50:], expected[50:], rtol=2e-3
+    )  # the first rows depend on where the recursion starts
 
 
 def test_contenders_are_fitted_before_their_fold(prices):

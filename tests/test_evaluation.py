@@ -270,7 +270,7 @@ def test_baselines_on_a_frame(prices, forecasts):
     before = prices.close[prices.index < first.date]
     assert first.drift_close == pytest.approx(first.close * math.exp(np.log(before).diff().mean()), rel=1e-6)
     assert set(head_forecasts(full, "volatility")) == set(
-        "model ewma tuned_ewma constant har log_har leverage_har garch gjr".split()
+        "model ewma tuned_ewma constant har log_har leverage_har garch gjr range_garch".split()
     )
     for head, best in (("price", "actual_close"), ("volatility", "actual_variance")):
         column = {"price": "oracle_close", "volatility": "oracle_variance"}[head]

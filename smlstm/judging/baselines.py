@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'ewma_variance', 'har_variance', 'tuned_ewma_variance', 'leverage_har_variance', 'garch_variance',
-           'autoregressive_return', 'linear_forecast', 'boosted_forecast', 'add_baselines']
+           'range_garch_variance', 'autoregressive_return', 'linear_forecast', 'boosted_forecast', 'add_baselines']
 
 # %% ../../nbs/judging/34_baselines.ipynb #369e957e
 import numpy as np
@@ -109,6 +109,26 @@ def _garch_scale(r: pd.Series) -> float:
     return scale
 
 
+def _garch_path(
+    x: pd.Series,  # what the variance is that of, with leading NaN at most, [n]
+    train: slice,  # rows to fit on
+    horizon: int,  # bars ahead
+    **model,  # of `arch.arch_model`
+) -> pd.Series:
+    "Mean variance of the next bars from every row from the first training row on, [n], its parameters fitted once."
+    from arch import arch_model
+
+    known = x.dropna()
+    skip = len(x) - len(known)
+    first = max((train.start or 0) - skip, 0)
+    scale = _garch_scale(known.iloc[first : train.stop - skip])
+    fit = arch_model(scale * known, p=1, q=1, **model).fit(
+        first_obs=first, last_obs=train.stop - skip, disp="off", show_warning=False
+    )
+    path = fit.forecast(horizon=horizon, start=first, reindex=False).variance
+    return path.mean(axis=1).div(scale**2).clip(lower=VARIANCE_FLOOR).reindex(x.index)
+
+
 def garch_variance(
     close: pd.Series,  # closing prices of all bars, [n]
     proxy: pd.Series,  # measured variance of all bars, [n]
@@ -117,17 +137,21 @@ def garch_variance(
     asymmetric: bool = False,  # GJR: falls and rises act differently
 ) -> pd.Series:
     "GARCH(1,1) or GJR-GARCH(1,1,1) with t errors; a forecast for every row from the first training row on."
-    from arch import arch_model
+    r = pd.Series(np.log(close)).diff()
+    forecast = _garch_path(r, train, horizon, mean="Constant", o=int(asymmetric), dist="t")
+    return _rescaled(forecast, _variance_ahead(proxy, horizon), train)
 
-    r = np.log(close).diff().dropna()
-    skip = len(close) - len(r)
-    first = max(train.start - skip, 0)
-    scale = _garch_scale(r.iloc[first : train.stop - skip])
-    model = arch_model(scale * r, mean="Constant", p=1, o=int(asymmetric), q=1, dist="t")
-    fit = model.fit(first_obs=first, last_obs=train.stop - skip, disp="off", show_warning=False)
-    path = fit.forecast(horizon=horizon, start=first, reindex=False).variance
-    forecast = path.mean(axis=1).div(scale**2).clip(lower=VARIANCE_FLOOR)
-    return _rescaled(forecast.reindex(close.index), _variance_ahead(proxy, horizon), train)
+# %% ../../nbs/judging/34_baselines.ipynb #82ab5f04
+def range_garch_variance(
+    close: pd.Series,  # closing prices of all bars, [n]
+    proxy: pd.Series,  # measured variance of all bars, [n]
+    train: slice,  # rows to fit on
+    horizon: int = 1,  # bars ahead
+) -> pd.Series:
+    "Asymmetric range model (Chou, 2005; Engle and Gallo, 2006); a forecast from the first training row on, [n]."
+    signed = np.sqrt(proxy).where(~(close.diff() < 0), -np.sqrt(proxy))
+    forecast = _garch_path(signed, train, horizon, mean="Zero", o=1, dist="normal")
+    return _rescaled(forecast, _variance_ahead(proxy, horizon), train)
 
 # %% ../../nbs/judging/34_baselines.ipynb #0752aa4b
 def autoregressive_return(
@@ -276,6 +300,7 @@ def _fold_baselines(prices: pd.DataFrame, train: slice, horizon: int) -> pd.Data
         "leverage_har_variance": leverage_har_variance(close, proxy, train, horizon),
         "garch_variance": garch_variance(close, proxy, train, horizon),
         "gjr_variance": garch_variance(close, proxy, train, horizon, asymmetric=True),
+        "range_garch_variance": range_garch_variance(close, proxy, train, horizon),
     }
     return pd.DataFrame(columns, close.index)
 

@@ -102,6 +102,7 @@ CONTENDER_NAMES = {
     "leverage_har": "log-HAR with leverage",
     "garch": "GARCH(1,1)-t",
     "gjr": "GJR-GARCH-t",
+    "range_garch": "GARCH on ranges",
     **{name: f"{shown}, pre-trained: may know these days" for name, shown in PRETRAINED.items()},
 }
 
