@@ -15,7 +15,13 @@ from smlstm.judging.distribution import (
     tail_mean,
 )
 from smlstm.judging.risk import acerbi_szekely_test, christoffersen_test, independence_test, kupiec_test
-from smlstm.judging.score_details import evaluate_details, mincer_zarnowitz, scores_by_year
+from smlstm.judging.score_details import (
+    encompassing_test,
+    encompassing_tests,
+    evaluate_details,
+    mincer_zarnowitz,
+    scores_by_year,
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,52 @@ def test_mincer_zarnowitz_against_statsmodels():
     assert mincer_zarnowitz(forecast * rng.chisquare(4, 1000) / 4, forecast).p_value > 0.05
     with pytest.raises(ValueError, match="0.0001 in all rows"):
         mincer_zarnowitz(measured, np.full(1000, 1e-4))
+
+
+@pytest.mark.parametrize("horizon, lags", [(1, 10), (30, 29)])
+def test_encompassing_against_statsmodels(horizon, lags):
+    "The regression of the errors on the distance, and the weights of the best combination by least squares."
+    rng = np.random.default_rng(6)
+    y, (f, g) = rng.standard_normal(1000), rng.standard_normal((2, 1000))
+    f, g = y + f + 0.3, y + 2 * g
+    found = encompassing_test(y, f, g, horizon)
+    ols = sm.OLS(y - f, sm.add_constant(g - f)).fit(cov_type="HAC", cov_kwds={"maxlags": lags})
+    assert tuple(found) == pytest.approx((ols.params[1], ols.bse[1], ols.pvalues[1]), rel=1e-8)
+    back = encompassing_test(y, g, f, horizon)
+    assert (back.weight, back.error) == pytest.approx((1 - found.weight, found.error))
+    losses = [np.var(y - (1 - w) * f - w * g) for w in (found.weight - 0.01, found.weight, found.weight + 0.01)]
+    assert losses[1] == min(losses) and found.weight == pytest.approx(0.2, abs=0.1)  # by their variances, 1 and 4
+    with pytest.raises(ValueError, match="differ by a constant"):
+        encompassing_test(y, f, f + 0.1)
+
+
+def test_encompassing_takes_the_contender_of_earlier_folds(forecasts):
+    "Heads on their scales: logs of the variance and of the price over the close, and probabilities as they are."
+    rng = np.random.default_rng(7)
+    truth, noise = np.log(forecasts.forecast_variance), 0.5 * rng.standard_normal((2, 3000))
+    mixed = forecasts.assign(
+        forecast_variance=np.exp(truth + noise[0]),
+        a_variance=np.exp(truth + noise[1]),
+        a_probability=np.where(rng.random(3000) < 0.2, forecasts.actual_up, 0.5),
+    )
+    found = encompassing_tests(mixed)
+    assert set(found) == {"direction", "volatility"}  # the price is persistence in both
+    assert found["volatility"]["contender"] == "ewma, a" and found["direction"]["contender"] == "always up, a"
+    other = np.where(mixed.fold == 1, np.log(1e-4), truth + noise[1])
+    own, y = np.log(mixed.forecast_variance), np.log(mixed.actual_variance)
+    ols = sm.OLS(y - own, sm.add_constant(other - own)).fit(cov_type="HAC", cov_kwds={"maxlags": 15})
+    assert found["volatility"]["contender_adds"]["weight"] == pytest.approx(ols.params.iloc[1])
+    assert found["volatility"]["contender_adds"]["error"] == pytest.approx(ols.bse.iloc[1])
+    other = np.where(mixed.fold == 1, 1.0, mixed.a_probability)
+    ols = sm.OLS(mixed.actual_up - 0.5, sm.add_constant(other - 0.5)).fit(cov_type="HAC", cov_kwds={"maxlags": 15})
+    assert found["direction"]["contender_adds"]["weight"] == pytest.approx(ols.params.iloc[1])
+    assert found["direction"]["contender_adds"]["p_value"] < 1e-6
+    moved = mixed.assign(forecast_close=mixed.close * np.exp(0.001 * noise[0]))
+    price = encompassing_tests(moved)["price"]
+    y = np.log(mixed.actual_close / mixed.close)
+    ols = sm.OLS(y, sm.add_constant(0.001 * noise[0])).fit(cov_type="HAC", cov_kwds={"maxlags": 15})
+    assert price["contender"] == "persistence"
+    assert price["model_adds"]["p_value"] == pytest.approx(ols.pvalues.iloc[1])
 
 
 def test_scores_by_year(forecasts):

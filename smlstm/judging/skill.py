@@ -140,12 +140,16 @@ def clark_west_test(
 
 # %% ../../nbs/judging/33_skill.ipynb #ce4772e6
 _LEARNED = ("model", "lstm", "boosted", "chronos", "timesfm", "tirex")
-_ORDER = {"price": ("persistence",), "volatility": ("linear", "leverage_har", "log_har", "ewma")}
+_ORDER = {
+    "price": ("persistence",),
+    "direction": ("share",),
+    "volatility": ("linear", "leverage_har", "log_har", "ewma"),
+}
 
 
 def best_so_far(
     forecasts: pd.DataFrame,  # a forecast frame with contenders' columns
-    head: str,  # "price" or "volatility"
+    head: str,  # "price", "direction" or "volatility"
 ) -> tuple[pd.Series, dict]:
     "The forecast of the simple contender that was best on earlier folds, [n], and its name for each fold."
     f = known_forecasts(forecasts)

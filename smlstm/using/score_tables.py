@@ -75,6 +75,40 @@ def _regressions(fits: Mapping[str, Mapping]) -> list[dict]:
     return [{"whose": _WHOSE[name], **fit} for name, fit in fits.items()]
 
 
+_ADDED = [
+    Column("head", "forecast", "{}"),
+    Column("added", "what is added", "{}"),
+    Column("weight", "its weight", "{:+.2f}"),
+    Column("error", "error", "{:.2f}"),
+    Column("p_value", "p (no weight)", "{:.2g}"),
+]
+
+
+def _added(tests: Mapping[str, Mapping]) -> list[dict]:
+    "Two records for each head: the contender beside the model, and the model beside the contender."
+    return [
+        {"head": head, "added": added, **test[part]}
+        for head, test in tests.items()
+        for part, added in (
+            ("contender_adds", f"{test['contender'].replace('_', ' ')} to the SM-LSTM"),
+            ("model_adds", f"the SM-LSTM to {test['contender'].replace('_', ' ')}"),
+        )
+    ]
+
+
+def _added_sentence(tests: Mapping[str, Mapping]) -> str:
+    "Which of model and contender adds to the other, head by head, in words."
+    adds = lambda test: test["p_value"] < 0.05 and test["weight"] > 0
+    words = {
+        (True, True): "each adds to the other",
+        (True, False): "the contender adds to the model, and is not shown to lack anything of it",
+        (False, True): "the model adds to the contender, and is not shown to lack anything of it",
+        (False, False): "neither is shown to add to the other",
+    }
+    of = {head: words[adds(test["contender_adds"]), adds(test["model_adds"])] for head, test in tests.items()}
+    return "; ".join(f"{head}: {text}" for head, text in of.items()) + "."
+
+
 def _crps_sentence(crps: Mapping, pit: list[float]) -> str:
     "The CRPS of both distributions, and the shares of the PIT, in words."
     p = "" if crps["p_value"] is None else f" (p = {crps['p_value']:.2g}, Diebold-Mariano)"
@@ -84,7 +118,7 @@ def _crps_sentence(crps: Mapping, pit: list[float]) -> str:
         f"distribution: {tenths}."
     )
 
-# %% ../../nbs/using/52_score_tables.ipynb #11ab5d1d
+# %% ../../nbs/using/52_score_tables.ipynb #8195a189
 class Section(NamedTuple):
     "A part of a report."
 
@@ -93,6 +127,22 @@ class Section(NamedTuple):
     table: pd.DataFrame
 
 
+def _regression_sections(details: Mapping[str, Any]) -> list[Section]:
+    "Whether the variance is unbiased, and whether the best simple contender adds to the model."
+    bias = Section(
+        "Is the variance unbiased?",
+        "Measured on forecast variance (Mincer and Zarnowitz, 1969), weighted.",
+        text_table(_regressions(details["mincer_zarnowitz"]), _REGRESSION),
+    )
+    if not (tests := details.get("encompassing")):
+        return [bias]
+    note = (
+        "Weight in the best combination of both (Harvey, Leybourne and Newbold, 1998), with the contender that was "
+        f"best on earlier folds. At p < 0.05, {_added_sentence(tests)}"
+    )
+    return [bias, Section("Does the best simple contender add to the model?", note, text_table(_added(tests), _ADDED))]
+
+# %% ../../nbs/using/52_score_tables.ipynb #11ab5d1d
 def detail_sections(details: Mapping[str, Any]) -> list[Section]:
     "The sections of a run's details, from `evaluate_details`; none of parts that it lacks."
     sections = [
@@ -101,11 +151,7 @@ def detail_sections(details: Mapping[str, Any]) -> list[Section]:
             "Each score is left of its baseline. MAPE, Brier and QLIKE: less is better.",
             text_table(details["years"], _YEARS),
         ),
-        Section(
-            "Is the variance unbiased?",
-            "Measured on forecast variance (Mincer and Zarnowitz, 1969), weighted.",
-            text_table(_regressions(details["mincer_zarnowitz"]), _REGRESSION),
-        ),
+        *_regression_sections(details),
     ]
     if "risk" not in details:
         return sections
