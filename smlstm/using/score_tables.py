@@ -75,6 +75,16 @@ def _regressions(fits: Mapping[str, Mapping]) -> list[dict]:
     return [{"whose": _WHOSE[name], **fit} for name, fit in fits.items()]
 
 
+def _crps_sentence(crps: Mapping, pit: list[float]) -> str:
+    "The CRPS of both distributions, and the shares of the PIT, in words."
+    p = "" if crps["p_value"] is None else f" (p = {crps['p_value']:.2g}, Diebold-Mariano)"
+    tenths = ", ".join(f"{share:.1%}" for share in pit)
+    return (
+        f"CRPS {crps['model']:.4f}% against {crps['ewma']:.4f}% of EWMA{p}. Outcomes in each tenth of the forecast "
+        f"distribution: {tenths}."
+    )
+
+# %% ../../nbs/using/52_score_tables.ipynb #838dd11e
 _ADDED = [
     Column("head", "forecast", "{}"),
     Column("added", "what is added", "{}"),
@@ -105,18 +115,10 @@ def _added_sentence(tests: Mapping[str, Mapping]) -> str:
         (False, True): "the model adds to the contender, and is not shown to lack anything of it",
         (False, False): "neither is shown to add to the other",
     }
-    of = {head: words[adds(test["contender_adds"]), adds(test["model_adds"])] for head, test in tests.items()}
-    return "; ".join(f"{head}: {text}" for head, text in of.items()) + "."
-
-
-def _crps_sentence(crps: Mapping, pit: list[float]) -> str:
-    "The CRPS of both distributions, and the shares of the PIT, in words."
-    p = "" if crps["p_value"] is None else f" (p = {crps['p_value']:.2g}, Diebold-Mariano)"
-    tenths = ", ".join(f"{share:.1%}" for share in pit)
-    return (
-        f"CRPS {crps['model']:.4f}% against {crps['ewma']:.4f}% of EWMA{p}. Outcomes in each tenth of the forecast "
-        f"distribution: {tenths}."
-    )
+    heads: dict[str, list[str]] = {}
+    for head, test in tests.items():
+        heads.setdefault(words[adds(test["contender_adds"]), adds(test["model_adds"])], []).append(head)
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in heads.items()) + "."
 
 # %% ../../nbs/using/52_score_tables.ipynb #8195a189
 class Section(NamedTuple):
@@ -138,7 +140,7 @@ def _regression_sections(details: Mapping[str, Any]) -> list[Section]:
         return [bias]
     note = (
         "Weight in the best combination of both (Harvey, Leybourne and Newbold, 1998), with the contender that was "
-        f"best on earlier folds. At p < 0.05, {_added_sentence(tests)}"
+        f"best on earlier folds. At p < 0.05, each test by itself: {_added_sentence(tests)}"
     )
     return [bias, Section("Does the best simple contender add to the model?", note, text_table(_added(tests), _ADDED))]
 
