@@ -171,7 +171,7 @@ def update_memory(
 def cell_signals(cell: nn.Module, x: Tensor, state: SignalState | None) -> tuple[Signals, SignalState]:
     "Signals [B, T] of the series that a normalized input [B, T, D] is projected to, and their state."
     series = cell.signal_proj(x).squeeze(-1)
-    backend = None if cell.config.backend == "auto" else cell.config.backend
+    backend = "array" if x.shape[1] == 1 else None if cell.config.backend == "auto" else cell.config.backend
     return market_signals(series.to(working_dtype(series)), cell.config.window, state=state, backend=backend)
 
 

@@ -140,6 +140,19 @@ def inputs_of(
     return x
 
 # %% ../../nbs/model/06_kernels.ipynb #71b47f20
+_rooms = threading.local()
+
+
+def kept_room(kind: type, axes: dict[str, str], sizes: dict[str, int], dtype: Any, *lead: int) -> Any:
+    "`allocate`, with arrays that this thread keeps for its next call of the same sizes."
+    rooms, key = _rooms.__dict__, (kind, *sizes.values(), dtype, lead)
+    if key not in rooms:
+        if len(rooms) > 20:
+            rooms.clear()
+        rooms[key] = allocate(kind, axes, sizes, dtype, *lead)
+    return rooms[key]
+
+
 def sizes_of(x: Inputs, Z: np.ndarray) -> dict[str, int]:
     "Sizes of a chunk's axes."
     return chunk_sizes(x.q.shape[2], x.v.shape[2], x.b.shape[2], x.w.shape[2], Z.shape[3])
@@ -159,8 +172,8 @@ def run_forward(x: Inputs, m: np.ndarray, out: Kept, theta: float) -> None:
 
     def work(first: int, last: int) -> None:
         parts = stretches(chunks, last - first)
-        masks = allocate(ChunkMasks, MASKS, sizes, dtype, last - first, parts[0][1])
-        chunk, before = allocate(*room, sizes, dtype), np.zeros(sizes["R"], dtype)
+        masks = kept_room(ChunkMasks, MASKS, sizes, dtype, last - first, parts[0][1])
+        chunk, before = kept_room(*room, sizes, dtype), np.zeros(sizes["R"], dtype)
         for c0, c1 in parts:
             make_masks(first, last, c0, c1, theta, tiny, x, m, before, masks)
             run(first, last, c0, c1, x, masks, out, chunk)
@@ -181,11 +194,9 @@ def run_backward(x: Inputs, m: np.ndarray, out: Kept, theta: float, grad: np.nda
     def work(first: int, last: int) -> None:
         parts = stretches(chunks, last - first)
         lead = last - first, parts[0][1]
-        masks, grads = (
-            allocate(ChunkMasks, MASKS, sizes, dtype, *lead),
-            allocate(MaskGrads, MASK_GRADS, sizes, dtype, *lead),
-        )
-        chunk, chunk_back, adjoints = (allocate(*kind, sizes, dtype) for kind in (room, back, (Adjoints, ADJOINTS)))
+        masks = kept_room(ChunkMasks, MASKS, sizes, dtype, *lead)
+        grads = kept_room(MaskGrads, MASK_GRADS, sizes, dtype, *lead)
+        chunk, chunk_back, adjoints = (kept_room(*kind, sizes, dtype) for kind in (room, back, (Adjoints, ADJOINTS)))
         before, d_before = np.zeros(sizes["R"], dtype), np.zeros(sizes["R"], dtype)
         for c0, c1 in reversed(parts):
             make_masks(first, last, c0, c1, theta, tiny, x, m, before, masks)
