@@ -4,11 +4,17 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from statsmodels.api import OLS
 
+from smlstm.evidence.ablations import build_models
 from smlstm.evidence.planted_scores import CONTENDERS, PARTS, Figure, scoreboard
-from smlstm.evidence.product import PRODUCT_MEASURES, read_product
+from smlstm.evidence.product import PRODUCT_MEASURES, pooled_row, read_product
 from smlstm.evidence.scoreboard import MEASURES, judged, main, measure_figures, random_walk, read_record
+from smlstm.judging.scores import FORECAST_COLUMNS
+from smlstm.model.model import SMLSTMConfig
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "nbs" / "evidence" / "scoreboard.json"
@@ -54,12 +60,44 @@ def test_the_products_record_is_of_several_seeds():
     assert {"SPY", "QQQ", "threads", "regime switch", "GJR-GARCH", "constant variance", "noise"} <= set(scores)
     for name in ("SPY", "QQQ"):
         part = scores[name]
-        assert len(part) >= 5 and part["QLIKE, model"].nunique() == len(part)  # each seed is a run of its own
+        assert len(part) >= 10 and part["QLIKE, model"].nunique() == len(part)  # each seed is a run of its own
         assert part["QLIKE, linear"].nunique() == 1  # contenders know no seed
+    worth = scores["ablations"].groupby(["series", "network"]).seed.nunique()
+    assert worth.min() >= 3 and set(worth.index.levels[1]) == set(build_models(SMLSTMConfig(n_features=1)))
+    assert len(scores["regime switch, 20,000 bars"]) >= 3 and (scores["CPU seconds"] > 0).all(axis=None)
+    p_values = pd.concat([part.filter(like="p, ").stack() for part in scores.values()])
+    assert p_values.abs().between(0, 1).all()
     for part in scores.values():
-        for head in ("price", "direction", "volatility"):
+        for head in ("price", "direction", "volatility") if "verdict, price" in part else ():
             assert set(part[f"verdict, {head}"].str.split(":").str[0]) <= WORDS
         assert (part.filter(like="share of") <= 1.0).all(axis=None)
+
+
+def test_pooled_losses_by_a_regression_on_a_constant():
+    "On the dates that both series have, the mean of their differences, with the errors of Newey and West."
+    rng, days = np.random.default_rng(0), pd.bdate_range("2010-01-01", periods=600)
+    actual, model, linear, trees = np.exp(rng.normal(0, 0.3, (4, 2, 600)))
+    frames = [
+        pd.DataFrame({"date": days, **dict.fromkeys(FORECAST_COLUMNS[1:], 1.0)})
+        .assign(
+            target_date=days + pd.Timedelta(days=1),
+            actual_variance=a,
+            forecast_variance=m,
+            linear_variance=1.1 * x,
+            boosted_variance=1.3 * b,
+        )
+        .iloc[rows]
+        for a, m, x, b, rows in zip(actual, model, linear, trees, (slice(0, 550), slice(50, 600)))
+    ]
+    loss = lambda forecast: (actual / forecast - np.log(actual / forecast) - 1)[:, 50:550]
+    difference = (loss(1.1 * linear) - loss(model)).mean(0)
+    fit = OLS(difference, np.ones(500)).fit(
+        cov_type="HAC", cov_kwds={"maxlags": 8, "use_correction": False}, use_t=True
+    )
+    found = pooled_row(frames)
+    assert found["QLIKE saved, linear"] == pytest.approx(difference.mean())
+    assert found["p, QLIKE against linear"] == pytest.approx(np.copysign(fit.pvalues[0], difference.mean()), rel=0.05)
+    assert found["QLIKE saved, boosted"] > found["QLIKE saved, linear"]
 
 
 def test_the_front_page_shows_the_products_record():

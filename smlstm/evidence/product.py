@@ -4,30 +4,40 @@
 
 # %% auto #0
 __all__ = ['PRODUCT_SEEDS', 'PRODUCT_MEASURES', 'product_forecasts', 'contenders_of', 'verdict_words', 'signed_p', 'index_frames',
-           'score_row', 'index_scores', 'thread_verdicts', 'true_shares', 'planted_rows', 'read_product', 'main']
+           'score_row', 'default_frames', 'index_scores', 'pooled_row', 'pooled_scores', 'thread_verdicts',
+           'true_shares', 'constant_of_own_rows', 'planted_rows', 'ablation_rows', 'cpu_costs', 'read_product', 'main']
 
 # %% ../../nbs/evidence/68_product.ipynb #676895e3
 import json
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
+from ..data.features import make_targets
 from ..data.files import write_json
 from ..data.prices import load_prices
+from ..data.windows import learned_stop
+from .ablations import build_models
 from .planted import excess_share
 from .planted_prices import momentum_prices, switch_prices, walk_prices
 from .record_files import dated, kept_record, record_parser
 from ..judging.baselines import add_baselines, boosted_forecast
 from ..judging.metrics import qlike, qlike_scale
-from ..judging.scores import HEAD_COLUMNS, head_forecasts, head_loss
-from ..judging.skill import loss_difference_test, skill_tests, verdicts
+from ..judging.scores import HEAD_COLUMNS, head_forecasts, head_loss, known_forecasts
+from ..judging.skill import loss_difference_test, mean_loss_test, skill_tests, verdicts
 from ..learning.settings import TrainConfig
+from ..model.model import SMLSTM, SMLSTMConfig
 from ..using.forecaster import Forecaster
+from ..using.run import run
 from ..using.tables import build_table
 from ..using.walkforward import panel_folds
 
@@ -36,12 +46,13 @@ def product_forecasts(
     prices: Any,  # whatever `Forecaster.cross_validation` takes
     seed: int,
     n_splits: int | None = None,  # folds; None: by the frequency
+    build: Callable[[SMLSTMConfig], nn.Module] = SMLSTM,  # makes the network
     **settings: Any,  # of `Forecaster`, to depart from the defaults
 ) -> pd.DataFrame:
     "The test rows of all folds of a forecaster with this seed."
     training = replace(settings.pop("training", TrainConfig()), seed=seed)
     forecaster = Forecaster(training=training, **settings)
-    return forecaster.cross_validation(prices, n_splits, progress=False)
+    return forecaster.cross_validation(prices, n_splits, progress=False, build=build)
 
 # %% ../../nbs/evidence/68_product.ipynb #3f035f2d
 def contenders_of(
@@ -101,7 +112,7 @@ def score_row(
         {name: mean_loss(head, forecast) for name, forecast in head_forecasts(forecasts, head).items()}
         for head in ("price", "direction", "volatility")
     )
-    row = {f"QLIKE, {name}": qlikes[name] for name in ("model", "linear", "boosted", "ewma")}
+    row = {f"QLIKE, {name}": qlikes[name] for name in ("model", "linear", "boosted", "range_garch", "ewma")}
     row |= {"price error over persistence": price["model"] / price["persistence"] - 1}
     row |= {"Brier over the share of rises": brier["model"] / brier["share"] - 1}
     row |= {"p, price against persistence": signed_p(forecasts, "price", "close")}
@@ -110,11 +121,40 @@ def score_row(
     row |= {name: signed_p(forecasts, "volatility", column) for name, column in against.items()}
     return row | verdict_words(forecasts)
 
+# %% ../../nbs/evidence/68_product.ipynb #cb664f9b
+@cache
+def default_frames(ticker: str, seeds: tuple[int, ...]) -> dict[int, pd.DataFrame]:
+    "`index_frames` of the default forecaster, computed once."
+    return index_frames(ticker, seeds)
 
-def index_scores(ticker: str, seeds: Iterable[int], **settings: Any) -> pd.DataFrame:
-    "`score_row` of each seed."
-    rows = {seed: score_row(frame) for seed, frame in index_frames(ticker, seeds, **settings).items()}
+
+def index_scores(frames: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    "`score_row` of each seed, from its frame."
+    rows = {seed: score_row(frame) for seed, frame in frames.items()}
     return pd.DataFrame(rows).T.rename_axis("seed").infer_objects()
+
+# %% ../../nbs/evidence/68_product.ipynb #47c510c2
+def pooled_row(
+    forecasts: Sequence[pd.DataFrame],  # of several series, with `linear_variance` and `boosted_variance`
+) -> dict[str, float]:
+    "QLIKE that the model saves, mean over series and dates, and its p-value, with a minus where it is worse."
+    row: dict[str, float] = {}
+    known = [known_forecasts(frame).set_index("date") for frame in forecasts]
+    for name in ("linear", "boosted"):
+        loss = lambda f, column: pd.Series(head_loss("volatility", f.actual_variance, f[column]), f.index)
+        saved = [loss(f, f"{name}_variance") - loss(f, "forecast_variance") for f in known]
+        difference = pd.concat(saved, axis=1, join="inner").mean(axis=1).to_numpy()
+        statistic, p_value = mean_loss_test(difference)
+        row |= {f"QLIKE saved, {name}": float(difference.mean())}
+        row |= {f"p, QLIKE against {name}": float(np.copysign(p_value, statistic))}
+    return row
+
+
+def pooled_scores(frames: Mapping[str, Mapping[int, pd.DataFrame]]) -> pd.DataFrame:
+    "`pooled_row` of each seed, from the frames of each series."
+    seeds = next(iter(frames.values()))
+    rows = {seed: pooled_row([series[seed] for series in frames.values()]) for seed in seeds}
+    return pd.DataFrame(rows).T.rename_axis("seed")
 
 # %% ../../nbs/evidence/68_product.ipynb #94fd47f3
 def thread_verdicts(
@@ -154,13 +194,29 @@ def true_shares(
         scores["share of the way"] = float((constant - qlike(actual, forecasts.forecast_variance)) / (constant - best))
     return scores
 
+# %% ../../nbs/evidence/68_product.ipynb #ad072b27
+def constant_of_own_rows(
+    forecasts: pd.DataFrame,  # from `product_forecasts`, one bar ahead
+    prices: pd.DataFrame,  # the price frame they were made from
+) -> pd.Series:
+    "Mean measured variance of the rows that have features, up to each fold: what the forecaster may learn from, [n]."
+    rows = prices.index.get_indexer(pd.DatetimeIndex(forecasts.date))
+    first = prices.index.get_loc(build_table(prices).features.index[0])
+    measured = np.exp(make_targets(prices).log_variance)
+    constant = pd.Series(np.nan, forecasts.index)
+    for _, fold in forecasts.groupby("fold"):
+        constant[fold.index] = measured.iloc[
+            first : learned_stop(rows[forecasts.index.get_loc(fold.index[0])], 1)
+        ].mean()
+    return constant
+
 
 def planted_rows(
     make: Callable[[int], tuple[pd.DataFrame, pd.DataFrame]],  # seed to prices and truth
     seeds: Iterable[int],
     **settings: Any,  # of `Forecaster`
 ) -> pd.DataFrame:
-    "For each seed, of series and forecaster: `true_shares`, verdicts, and the p-value against constant variance."
+    "For each seed, of series and forecaster: `true_shares`, verdicts, and comparisons to two constant variances."
     rows = {}
     for seed in seeds:
         prices, truth = make(seed)
@@ -168,23 +224,73 @@ def planted_rows(
         tested = tested.join(contenders_of(tested, prices))
         rows[seed] = true_shares(tested, truth) | verdict_words(tested)
         rows[seed] |= {"p, QLIKE against constant": signed_p(tested, "volatility", "constant_variance")}
+        own = tested.assign(constant_variance=constant_of_own_rows(tested, prices))
+        rows[seed] |= {"p, QLIKE against constant, own rows": signed_p(own, "volatility", "constant_variance")}
+        rows[seed] |= {"volatility against constant of own rows": verdict_words(own)["verdict, volatility"]}
     return pd.DataFrame(rows).T.rename_axis("seed").infer_objects()
+
+# %% ../../nbs/evidence/68_product.ipynb #2ca27072
+def ablation_rows(
+    series: Mapping[str, Callable[[int], tuple[pd.DataFrame, pd.DataFrame | None]]],  # seed to prices, and truth if any
+    seeds: Iterable[int],
+    **settings: Any,  # of `Forecaster`
+) -> pd.DataFrame:
+    "A row for each series, network and seed: QLIKE, or where the truth is known the share of the best excess."
+    rows = []
+    for name, make in series.items():
+        for part in build_models(SMLSTMConfig(n_features=1)):
+            for seed in seeds:
+                prices, truth = make(seed)
+                build = lambda config, part=part: build_models(config, [part])[part]()
+                tested = known_forecasts(product_forecasts(prices, seed, build=build, **settings))
+                if truth is None:
+                    score = float(head_loss("volatility", tested.actual_variance, tested.forecast_variance).mean())
+                else:
+                    score = true_shares(tested, truth)["share of the best excess"]
+                rows.append({"series": name, "network": part, "seed": seed, "score": score})
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/evidence/68_product.ipynb #d2a3f4c0
+def cpu_costs(
+    seeds: Iterable[int],
+    ticker: str = "SPY",  # of a bundled index
+    **parameters: Any,  # of the run
+) -> pd.DataFrame:
+    "CPU seconds of `product_forecasts` and of `run`, a row for each seed."
+    rows = {}
+    for seed in seeds:
+        start = time.process_time()
+        product_forecasts(load_prices(ticker, "sample").frame, seed)
+        middle = time.process_time()
+        with TemporaryDirectory() as folder:
+            run(ticker=ticker, source="sample", seed=seed, output_dir=folder, **parameters)
+        rows[seed] = {"forecasts": middle - start, "whole run": time.process_time() - middle}
+    return pd.DataFrame(rows).T.rename_axis("seed")
 
 # %% ../../nbs/evidence/68_product.ipynb #0f996665
 PRODUCT_SEEDS = range(5)
+_TICKERS, _INDEX_SEEDS, _FEW_SEEDS = ("SPY", "QQQ"), tuple(range(10)), range(3)
+_ABLATED: dict[str, Callable] = {
+    "SPY": lambda seed: (load_prices("SPY", "sample").frame, None),
+    "regime switch": lambda seed: switch_prices(seed=seed),
+}
 PRODUCT_MEASURES: dict[str, Callable[[], pd.DataFrame]] = {
-    "SPY": lambda: index_scores("SPY", PRODUCT_SEEDS),
-    "QQQ": lambda: index_scores("QQQ", PRODUCT_SEEDS),
+    "SPY": lambda: index_scores(default_frames("SPY", _INDEX_SEEDS)),
+    "QQQ": lambda: index_scores(default_frames("QQQ", _INDEX_SEEDS)),
+    "pooled": lambda: pooled_scores({ticker: default_frames(ticker, _INDEX_SEEDS) for ticker in _TICKERS}),
     "threads": thread_verdicts,
     "AR 0.3": lambda: planted_rows(lambda seed: momentum_prices(0.3, seed=seed), PRODUCT_SEEDS),
     "AR 0.15": lambda: planted_rows(lambda seed: momentum_prices(0.15, seed=seed), PRODUCT_SEEDS),
     "regime switch": lambda: planted_rows(lambda seed: switch_prices(seed=seed), PRODUCT_SEEDS),
+    "regime switch, 20,000 bars": lambda: planted_rows(lambda seed: switch_prices(20_000, seed), _FEW_SEEDS),
     "GJR-GARCH": lambda: planted_rows(lambda seed: walk_prices(5_000, seed), PRODUCT_SEEDS),
     "constant variance": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, leverage=False), range(10)),
     "noise": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, freedom=5.0), PRODUCT_SEEDS),
+    "ablations": lambda: ablation_rows(_ABLATED, range(4)),
+    "CPU seconds": lambda: cpu_costs(_FEW_SEEDS),
 }
 
-
+# %% ../../nbs/evidence/68_product.ipynb #02319542
 def read_product(
     path: str | Path,  # a file that `main` wrote
 ) -> dict[str, pd.DataFrame]:
