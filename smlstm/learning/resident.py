@@ -65,13 +65,21 @@ class DeviceLoader:
         batches, phase, _ = epoch_rows(self.loader, epoch)
         return (self.batch(*rows, phase) for rows in batches)
 
+    def places(self, indices: Tensor, mask: Tensor, phase: int) -> Tensor:
+        "First rows of the windows `indices` [..., B], and how many of them count by `mask` [..., B]: [..., B + 1]."
+        starts = first_rows(self.loader.dataset, indices, phase)
+        return torch.cat([starts, mask.sum(-1, keepdim=True).long()], -1).int()
+
     def batch(self, indices: Tensor, mask: Tensor, phase: int) -> Batch:
         "The windows `indices` [B], of which those of `mask` [B] count."
-        starts = first_rows(self.loader.dataset, indices, phase)
-        places = torch.cat([starts, mask.sum(0, keepdim=True).long()]).int()
-        return Batch(*self.gather(*self.tables, places.to(self.device)))
+        return Batch(*self.gather(*self.tables, self.places(indices, mask, phase).to(self.device)))
 
+    def epoch_places(self, epoch: int) -> Tensor:
+        "The `places` of all batches of an epoch, on the host [n, B + 1]."
+        batches, phase, _ = epoch_rows(self.loader, epoch)
+        return self.places(*map(torch.stack, zip(*batches)), phase)
 
+# %% ../../nbs/learning/23_resident.ipynb #d1cefc35
 def on_device(loader: Any, device: torch.device) -> Any:
     "A `DeviceLoader` of a `SequenceLoader` whose table is not too large; any other loader as it is."
     if type(loader) is not SequenceLoader:

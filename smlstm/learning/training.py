@@ -7,8 +7,8 @@ __all__ = ['train_epoch', 'learning_rate', 'NonFiniteError', 'finish_epoch', 'sa
 
 # %% ../../nbs/learning/26_training.ipynb #f85bb8b4
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ from smlstm.learning.history import (
     replica_batch,
     validation_sums,
 )
+from .loops import LeftToHost
 from .optimizer import MAX_SKIPPED, accumulate_gradient, optimizer_step, write_weights
-from .runs import TrainingRun, restore_run, run_identity, save_run, start_run
+from .runs import TrainingRun, give_weights, restore_run, run_identity, save_run, start_run
 from .settings import TrainConfig, lr_schedule
+from .steps import STRETCH
 from ..model.losses import CurriculumWeights, curriculum_weights
 
 # %% ../../nbs/learning/26_training.ipynb #5d1e0a11
@@ -64,28 +66,51 @@ def _update(run: TrainingRun, schedule: Tensor) -> None:
     write_weights(run.params, run.state.weights)
     mark_step(run.device)
 
-# %% ../../nbs/learning/26_training.ipynb #da7e4a87
-def train_epoch(run: TrainingRun, bar: tqdm, save_point: Callable[[TrainingRun], None] | None = None) -> None:
-    "The rest of the current epoch; `save_point(run)` is called every `checkpoint_every` batches."
-    config, replica, batches = run.config, replicas(run.device), len(run.train)
-    stream = _resumed_batches(run)
-    schedule = torch.tensor([learning_rate(run), *curriculum_weights(run.epoch)]).to(run.device)
-    run.model.train()
-    began, first = time.thread_time(), run.batch
-    for number, batch in enumerate(stream, run.batch + 1):
+# %% ../../nbs/learning/26_training.ipynb #7e156f13
+def _batch_by_batch(run: TrainingRun, schedule: Tensor) -> Iterator[int]:
+    "Learn from the rest of the epoch; yields after every batch, how many it was."
+    replica = replicas(run.device)
+    for number, batch in enumerate(_resumed_batches(run), run.batch + 1):
         run.batch = number
         batch = shard_batch(to_device(replica_batch(batch, *replica), run.device), run.device)
         _learn(run, batch, schedule)
-        if run.batch % config.accumulate == 0 or run.batch == batches:
+        if run.batch % run.config.accumulate == 0 or run.batch == len(run.train):
             _update(run, schedule)
-        bar.update()
-        if save_point and config.checkpoint_every and run.batch % config.checkpoint_every == 0 and run.batch < batches:
+        yield 1
+
+
+def _in_stretches(run: TrainingRun, schedule: Tensor) -> Iterator[int]:
+    "The same with many batches in one program; a stretch ends where a checkpoint is due."
+    if run.rng:
+        set_rng_state(run.rng, run.device)
+    rows, seeds = run.stretches.epoch_inputs(run.epoch)
+    every = run.config.checkpoint_every or len(rows)
+    while run.batch < len(rows):
+        first, last = run.batch, min(run.batch + STRETCH, len(rows), (run.batch // every + 1) * every)
+        try:
+            run.state = run.stretches.learn(run.state, run.decay, schedule, rows[first:last], seeds[first:last])
+        except LeftToHost:
+            run.stretches = None
+            yield from _batch_by_batch(run, schedule)
+            return
+        run.batch = last
+        yield last - first
+
+# %% ../../nbs/learning/26_training.ipynb #da7e4a87
+def train_epoch(run: TrainingRun, bar: tqdm, save_point: Callable[[TrainingRun], None] | None = None) -> None:
+    "The rest of the current epoch; `save_point(run)` is called every `checkpoint_every` batches."
+    every, batches = run.config.checkpoint_every, len(run.train)
+    schedule = torch.tensor([learning_rate(run), *curriculum_weights(run.epoch)]).to(run.device)
+    run.model.train()
+    began, first = time.thread_time(), run.batch
+    for count in (_in_stretches if run.stretches else _batch_by_batch)(run, schedule):
+        bar.update(count)
+        if save_point and every and run.batch % every == 0 and run.batch < batches:
             save_point(run)
     if run.device.type != "cpu":
         run.host_ms = 1000 * (time.thread_time() - began) / max(1, run.batch - first)
     if run.steps:
-        write_weights(run.params, run.state.weights)
-        mark_step(run.device)
+        give_weights(run, run.state.weights)
 
 
 def learning_rate(run: TrainingRun) -> float:
@@ -103,10 +128,6 @@ def _resumed_batches(run: TrainingRun):
     return stream
 
 # %% ../../nbs/learning/26_training.ipynb #8c094a30
-class NonFiniteError(RuntimeError):
-    "Several batches in a row had a loss or a gradient that was not finite."
-
-
 def _validate(run: TrainingRun) -> Tensor:  # [4], on the device
     "The validation sums of the current weights."
     config, replica = run.config, replicas(run.device)
@@ -114,9 +135,16 @@ def _validate(run: TrainingRun) -> Tensor:  # [4], on the device
         return validation_sums(run.model, run.valid, run.objective, run.device, config.precision, replica)
     run.model.eval()
     sums = torch.zeros(4).to(run.device)
+    if run.stretches:
+        with suppress(LeftToHost):
+            return run.stretches.judge(run.state.weights, sums)
     for batch in epoch_batches(run.valid_batches):
         sums = run.steps.judge(run.state.weights, sums, to_device(batch, run.device))
     return sums
+
+# %% ../../nbs/learning/26_training.ipynb #5f9d360f
+class NonFiniteError(RuntimeError):
+    "Several batches in a row had a loss or a gradient that was not finite."
 
 
 def finish_epoch(run: TrainingRun, began: float) -> bool:
@@ -159,8 +187,7 @@ def keep_best(run: TrainingRun) -> History:
     "Give the model its best weights; returns the history. Raises `NonFiniteError` where no epoch could be validated."
     if run.history.best_epoch < 0:
         raise NonFiniteError("the validation loss was never finite: look for NaN in the validation targets")
-    write_weights(run.params, run.best)
-    mark_step(run.device)
+    give_weights(run, run.best)
     run.model.eval()
     return run.history
 
