@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of
+from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined
 from smlstm.model.kernel_rows import (
     add,
     advance_normalizer,
@@ -41,7 +41,7 @@ FULL = dict(
 Full = namedtuple("Full", FULL)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #27c41b37
-@compiled
+@inlined
 def load_full(x, s, at, y, A, B, c):
     "Inputs of a chunk, and what is computed of them alone."
     load_inputs(x, s, at, y.i, c)
@@ -52,7 +52,7 @@ def load_full(x, s, at, y, A, B, c):
     mask_scores(y.mask, c.SR, c.MS)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #a4bd8834
-@compiled
+@inlined
 def read_full(carried, reads, P, num):
     "num += sum_r carried_r P_r q + sum_n reads_n X_n q."
     R = carried.shape[1]
@@ -65,7 +65,7 @@ def read_full(carried, reads, P, num):
                 num[t, i] += reads[t, n] * P[t, R + n, i]
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #c732d48c
-@compiled
+@inlined
 def pairs_of(r, decay, c):
     "Keys and decayed values of one regime."
     L, p = c.key.shape
@@ -76,7 +76,7 @@ def pairs_of(r, decay, c):
             c.value[u, i] = decay[u, L - 1] * c.V[u, r, i]
 
 
-@compiled
+@inlined
 def weigh_pairs(mask, V, Y):
     "M_r[u, n] A_r v_u: [u, r, n, e]."
     L, R, N, e = Y.shape
@@ -87,13 +87,13 @@ def weigh_pairs(mask, V, Y):
                     Y[u, r, n, i] = mask[u, r, L + n] * V[u, r, i]
 
 
-@compiled
+@inlined
 def pairs_flat(x):
     "[a, b, c, d] as [a b, c d]."
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #ec52b2fe
-@compiled
+@inlined
 def advance_full(y, U, Z, out):
     "States at the end of the chunk."
     N, R = y.gained.shape
@@ -107,7 +107,7 @@ def advance_full(y, U, Z, out):
                     out[j, R + n, i] += y.gained[n, r] * Z[j, r, i]
 
 
-@compiled
+@inlined
 def write_full(y, c, Z, out):
     "All memories at the end of the chunk."
     for r in range(c.keys.shape[1]):
@@ -150,7 +150,7 @@ FULL_BACK = dict(
 FullBack = namedtuple("FullBack", FULL_BACK)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #65699d7c
-@compiled
+@inlined
 def attend_pairs_back(y, c, b, g, j):
     "From the gradient of MS to those of masks and scores."
     L, R, _ = b.MS.shape
@@ -163,7 +163,7 @@ def attend_pairs_back(y, c, b, g, j):
                 b.MS[u, r, t] = grad * y.mask[u, r, t]
 
 
-@compiled
+@inlined
 def attention_full_back(y, c, b, g, j):
     "Gradients of the attention within the chunk."
     np.dot(tall(c.V), b.num.T, tall(b.MS))
@@ -176,7 +176,7 @@ def attention_full_back(y, c, b, g, j):
     np.dot(b.S, c.q, b.k)
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #96d5dca3
-@compiled
+@inlined
 def weigh_pairs_back(mask, V, b, d_mask):
     "Gradients of the masks' columns of states and of values."
     L, R, N, e = b.Y.shape
@@ -190,7 +190,7 @@ def weigh_pairs_back(mask, V, b, d_mask):
                 d_mask[u, r, L + n] = total
 
 
-@compiled
+@inlined
 def states_back(y, c, b, g, j):
     "Gradients of what was written to the states."
     R = c.keys.shape[1]
@@ -205,7 +205,7 @@ def states_back(y, c, b, g, j):
     weigh_pairs_back(y.mask, c.V, b, g.mask[j])
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #7d28b675
-@compiled
+@inlined
 def regime_back(r, y, c, b, d_decay):
     "Gradients of what was written to the memory of one regime."
     L, p = c.key.shape
@@ -223,7 +223,7 @@ def regime_back(r, y, c, b, d_decay):
             b.V[u, r, i] += y.decay[0, u, L - 1] * b.value[u, i]
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #7cbb9cba
-@compiled
+@inlined
 def advance_full_back(y, Z, b, d_start, d_kept, d_gained):
     "Gradients of what is left and passed on, and (in place) the adjoint of the memories before the chunk."
     N, R = y.gained.shape
@@ -245,7 +245,7 @@ def advance_full_back(y, Z, b, d_start, d_kept, d_gained):
                 b.Z[j, R + n, i] *= y.start[1 + n, end]
 
 
-@compiled
+@inlined
 def read_full_back(y, P, b, d_carried, d_reads):
     "Gradients of the weights of all memories, and of P."
     R = y.carried.shape[1]
@@ -260,7 +260,7 @@ def read_full_back(y, P, b, d_carried, d_reads):
                 b.P[t, R + n, i] = y.reads[t, n] * b.num[t, i]
 
 # %% ../../nbs/model/06c_kernel_full.ipynb #dd64a14c
-@compiled
+@inlined
 def reads_full_back(y, c, Z, b, g, j):
     "Gradients of what was read, and their part of the adjoint of the memories at the start."
     np.dot(c.q, flat(Z), flat(c.P))
@@ -271,7 +271,7 @@ def reads_full_back(y, c, Z, b, g, j):
     add(b.U, b.Z)
 
 
-@compiled
+@inlined
 def project_back(c, A, B, b, d_A, d_B):
     "From keys and values of the regimes to k, v and the transforms."
     np.dot(flat(b.keys), B.T, b.Q)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'OPTIONS', 'logger', 'Inputs', 'MASKS', 'ChunkMasks', 'MASK_GRADS', 'MaskGrads', 'ADJOINTS', 'Adjoints',
-           'Grads', 'kernel_digest', 'ForgivingCache', 'compiled', 'allocate', 'chunk_sizes']
+           'Grads', 'kernel_digest', 'ForgivingCache', 'compiled', 'inlined', 'allocate', 'chunk_sizes']
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #d554967c
 import contextlib
@@ -83,6 +83,11 @@ def compiled(function: Callable) -> Callable:
         pass
     return dispatcher
 
+
+def inlined(function: Callable) -> Callable:
+    "`compiled` for a function that only kernels call: Python cannot, and it is kept within its callers alone."
+    return numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
 # %% ../../nbs/model/06a_kernel_masks.ipynb #43280c47
 def allocate(kind: type, axes: dict[str, str], sizes: dict[str, int], dtype: Any, *lead: int) -> Any:
     "Zeros for the fields of a named tuple, [*lead, ...] with the sizes of the axes that `axes` gives each field."
@@ -122,7 +127,7 @@ MASKS = dict(
 ChunkMasks = namedtuple("ChunkMasks", MASKS)
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #185a6735
-@compiled
+@inlined
 def finite_until(x, lowest, stop):
     "The first step of x [T, n] before `stop` without `lowest` <= x < infinity, else `stop`."
     flat, total = x.reshape(x.size), 0.0
@@ -149,7 +154,7 @@ def find_stops(x):
         x.stop[s] = stop
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #c2ad1656
-@compiled
+@inlined
 def stabilizer(log_i, log_f, log_a, s, stop, m):
     "m [T + 1] from m[0]."
     for t in range(len(log_i)):
@@ -163,7 +168,7 @@ def stabilizer(log_i, log_f, log_a, s, stop, m):
             m[t + 1] = max(m[t] + g, log_i[t])
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #69026aeb
-@compiled
+@inlined
 def gates(x, s, o, at, m, theta, tiny, y):
     "Gates of the chunk at step `at` of sequence s, coefficients o, into y."
     for t in range(len(y.i)):
@@ -184,7 +189,7 @@ def gates(x, s, o, at, m, theta, tiny, y):
                 y.a[n, t] = 1
 
 
-@compiled
+@inlined
 def rows_in(x, at, stop, out):
     "Rows of x [T, n] from step `at` on into out [L, n]; zeros from `stop` on."
     for t in range(out.shape[0]):
@@ -192,7 +197,7 @@ def rows_in(x, at, stop, out):
             out[t, j] = x[at + t, j] if at + t < stop else 0
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #e19fabd9
-@compiled
+@inlined
 def decays(a, decay, start):
     "z [m, u, t] and the products from the start of the chunk [m, t]."
     for n in range(a.shape[0]):
@@ -206,7 +211,7 @@ def decays(a, decay, start):
             start[n, t] = a[n, 0] * decay[n, 0, t]
 
 
-@compiled
+@inlined
 def ssm_kernel(y, C, D):
     "K and K' = (1 - s_t) K[u, t] + s_t K[u, t - 1], and b z at the end of the chunk."
     L, N = y.b.shape
@@ -222,7 +227,7 @@ def ssm_kernel(y, C, D):
             y.kernel[u, t + 1] = y.fresh[t + 1] * y.ssm[u, t + 1] + y.held[t + 1] * y.ssm[u, t]
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #151429ea
-@compiled
+@inlined
 def running_masks(y):
     "M [u, r, t] for steps t, then for the states at the end."
     L, R, width = y.mask.shape
@@ -235,7 +240,7 @@ def running_masks(y):
                     y.mask[u, r, t] += y.a[0, u + 1] * y.mask[u + 1, r, t]
 
 
-@compiled
+@inlined
 def carried_masks(y, C, D, before):
     "Weights of the memory carried in, with the skip path of the step before (regimes `before`), and of the states."
     L, N = y.reads.shape
@@ -251,7 +256,7 @@ def carried_masks(y, C, D, before):
             y.reads[t + 1, n] = C[n] * (y.fresh[t + 1] * y.start[1 + n, t + 1] + y.held[t + 1] * y.start[1 + n, t])
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #074638db
-@compiled
+@inlined
 def chunk_of(y, s, c):
     "The arrays of one chunk."
     return ChunkMasks(
@@ -261,7 +266,7 @@ def chunk_of(y, s, c):
     )  # fmt: skip
 
 
-@compiled
+@inlined
 def regimes_before(x, s, o, at, before):
     "Regime weights of the step before `at`."
     for r in range(len(before)):
@@ -303,7 +308,7 @@ Adjoints = namedtuple("Adjoints", ADJOINTS)  # of the running sums at one write,
 Grads = namedtuple("Grads", "q k v log_i log_f w log_a b s C D A B rest Z n")  # of the inputs, for each sequence
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #30e9b326
-@compiled
+@inlined
 def dot(x, y):
     "Sum of products of two vectors."
     total = x[0] * 0
@@ -312,7 +317,7 @@ def dot(x, y):
     return total
 
 
-@compiled
+@inlined
 def masks_back(u, y, d_mask, j):
     "Adjoint of M[u] from that of M[u - 1]; gradients of f_u, w_u and K'[u]."
     R, width = j.mask.shape
@@ -329,7 +334,7 @@ def masks_back(u, y, d_mask, j):
         j.w[u, r] = to_w
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #0b23fdc4
-@compiled
+@inlined
 def kernel_back(u, y, C, d_decay, d_C, j):
     "Adjoints of z[u]; gradients of a_u, b_u, c, s. Returns that of D."
     L, N = y.b.shape
@@ -357,7 +362,7 @@ def kernel_back(u, y, C, d_decay, d_C, j):
     return j.ssm[u]
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #52107fdd
-@compiled
+@inlined
 def carried_back(y, C, D, before, g, c, d_C, d_before, j):
     "Adjoints before the first write. Returns the gradient of D."
     L, N = y.reads.shape
@@ -385,7 +390,7 @@ def carried_back(y, C, D, before, g, c, d_C, d_before, j):
     return d_D
 
 
-@compiled
+@inlined
 def gates_back(x, s, o, at, y, j, d):
     "From gates and decays on the scale of the step to logarithms and s."
     for t in range(min(len(y.i), x.stop[s] - at)):
@@ -398,7 +403,7 @@ def gates_back(x, s, o, at, y, j, d):
         d.s[s, at + t] = y.shrink[t] * j.held[t] - j.fresh[t]
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #7554e48f
-@compiled
+@inlined
 def grads_of(g, s):
     "The gradients of one sequence's masks."
     return MaskGrads(

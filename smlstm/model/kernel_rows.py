@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, rows_in
+from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined, rows_in
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #c7dffce1
 Kept = namedtuple(
@@ -26,19 +26,19 @@ ROWS = dict(
 Rows = namedtuple("Rows", ROWS)
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #62453852
-@compiled
+@inlined
 def flat(x):
     "[a, b, c] as [a, b c]."
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
 
-@compiled
+@inlined
 def tall(x):
     "[a, b, c] as [a b, c]."
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-@compiled
+@inlined
 def add(x, y):
     "y += x, for arrays of one size."
     x, y = x.reshape(x.size), y.reshape(y.size)
@@ -46,7 +46,7 @@ def add(x, y):
         y[i] += x[i]
 
 
-@compiled
+@inlined
 def copy(x, y):
     "y = x, for arrays of one size."
     x, y = x.reshape(x.size), y.reshape(y.size)
@@ -54,7 +54,7 @@ def copy(x, y):
         y[i] = x[i]
 
 
-@compiled
+@inlined
 def load_inputs(x, s, at, i, c):
     "Rows of q, k, v of a chunk, with the input gate in k."
     rows_in(x.q[s], at, x.stop[s], c.q)
@@ -65,7 +65,7 @@ def load_inputs(x, s, at, i, c):
             c.k[t, j] *= i[t]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #7b4e419c
-@compiled
+@inlined
 def normalizer(y, S, q, n, at, stop, n_q):
     "n_t . q_t of the chunk at step `at`."
     steps = min(len(q), stop - at)
@@ -76,7 +76,7 @@ def normalizer(y, S, q, n, at, stop, n_q):
             n_q[at + t] += y.decay[0, u, t] * S[u, t]
 
 
-@compiled
+@inlined
 def divide(num, floor, n_q, at, stop, h):
     "h = num / max(|n q|, floor); NaN from `stop` on."
     for t in range(min(len(num), len(n_q) - at)):
@@ -85,7 +85,7 @@ def divide(num, floor, n_q, at, stop, h):
             h[at + t, i] = num[t, i] * r
 
 
-@compiled
+@inlined
 def advance_normalizer(y, k, n, out):
     "n at the end of the chunk."
     end = STEPS - 1
@@ -96,14 +96,14 @@ def advance_normalizer(y, k, n, out):
             out[j] += y.decay[0, u, end] * k[u, j]
 
 
-@compiled
+@inlined
 def rest_read(held, rest, q, num):
     "The first step of a call reads s rest q, what the states do not explain of Cm."
     for i in range(rest.shape[0]):
         num[0, i] += held[0] * dot(rest[i], q[0])
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #722bef7f
-@compiled
+@inlined
 def scale_values(A, v, V):
     "A_r v_u."
     for u in range(v.shape[0]):
@@ -112,7 +112,7 @@ def scale_values(A, v, V):
                 V[u, r, i] = A[r, i] * v[u, i]
 
 
-@compiled
+@inlined
 def mask_scores(mask, S, MS):
     "M_r[u, t] S_r[u, t]: scores S [u, r, t] of each regime's keys, or [u, 1, t] of keys that all regimes share."
     L, R, _ = MS.shape
@@ -123,7 +123,7 @@ def mask_scores(mask, S, MS):
                 MS[u, r, t] = mask[u, r, t] * score[t]
 
 
-@compiled
+@inlined
 def load_rows(x, s, at, y, A, c):
     "Inputs of a chunk, and what is computed of them alone."
     load_inputs(x, s, at, y.i, c)
@@ -132,7 +132,7 @@ def load_rows(x, s, at, y, A, c):
     mask_scores(y.mask, c.S[:, None], c.MS)
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #ad3c5819
-@compiled
+@inlined
 def row_gains(weights, A, gains):
     "Sum over r of weights [t, r] A_r: [t, e]."
     gains.fill(0)
@@ -142,7 +142,7 @@ def row_gains(weights, A, gains):
                 gains[t, i] += weights[t, r] * A[r, i]
 
 
-@compiled
+@inlined
 def write_gains(mask, A, omega):
     "Sum over r of M_r[u, n] A_r: [u, n, e]."
     L, N, e = omega.shape
@@ -154,7 +154,7 @@ def write_gains(mask, A, omega):
                     omega[u, n, i] += mask[u, r, L + n] * A[r, i]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #6044858d
-@compiled
+@inlined
 def read_rows(rho, reads, P, num):
     "num += rho_0 P_0 + sum_n reads_n P_n."
     for t in range(P.shape[0]):
@@ -165,7 +165,7 @@ def read_rows(rho, reads, P, num):
                 num[t, i] += reads[t, n] * P[t, 1 + n, i]
 
 
-@compiled
+@inlined
 def weigh_writes(y, omega, v, Y):
     "omega_m v."
     L, e = v.shape
@@ -177,7 +177,7 @@ def weigh_writes(y, omega, v, Y):
                 Y[u, 1 + n, i] = omega[u, n, i] * v[u, i]
 
 
-@compiled
+@inlined
 def advance_rows(y, gamma, U, Z, out):
     "kappa_m Z_m + gamma_m Z_0 + U_m."
     p, M, e = Z.shape
@@ -225,7 +225,7 @@ ROWS_BACK = dict(
 RowsBack = namedtuple("RowsBack", ROWS_BACK)
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #18521098
-@compiled
+@inlined
 def divide_back(grad, h, n_q, floor, at, stop, b):
     "Gradients of the numerator and of n q from that of h."
     b.num.fill(0)
@@ -239,7 +239,7 @@ def divide_back(grad, h, n_q, floor, at, stop, b):
             b.n[t] = -dot(grad[at + t], h[at + t]) / n_q[at + t]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #387f9254
-@compiled
+@inlined
 def scores_back(y, S, b, g, j):
     "Gradients of the decays and of the scores by n q."
     for u in range(S.shape[0]):
@@ -248,7 +248,7 @@ def scores_back(y, S, b, g, j):
             b.S[u, t] = b.n[t] * y.decay[0, u, t]
 
 
-@compiled
+@inlined
 def normalizer_back(y, q, k, n, b, g, c, d_n):
     "Gradients of q, i k, the gates, and (in place) the adjoint of n."
     end = STEPS - 1
@@ -266,7 +266,7 @@ def normalizer_back(y, q, k, n, b, g, c, d_n):
             d_n[j] += y.start[0, t] * b.n[t] * q[t, j]
 
 
-@compiled
+@inlined
 def rest_back(held, rest, q, b, g, d_rest):
     "Gradients of rest, of the first q and of the first s."
     for i in range(rest.shape[0]):
@@ -276,7 +276,7 @@ def rest_back(held, rest, q, b, g, d_rest):
             g.held[0] += rest[i, j] * b.num[0, i] * q[0, j]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #db0b199d
-@compiled
+@inlined
 def store_grads(s, at, stop, i, k, b, d):
     "Gradients of the chunk's q, k, v and log i."
     for t in range(min(len(i), stop - at)):
@@ -288,7 +288,7 @@ def store_grads(s, at, stop, i, k, b, d):
             d.v[s, at + t, j] = b.v[t, j]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #e84f06ce
-@compiled
+@inlined
 def attend_back(y, c, A, b, g, j, d_A):
     "From the gradients of MS and V to those of masks, scores, v and A."
     L, R, _ = b.MS.shape
@@ -303,7 +303,7 @@ def attend_back(y, c, A, b, g, j, d_A):
                 d_A[r, i] += c.v[u, i] * b.V[u, r, i]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #496722e6
-@compiled
+@inlined
 def row_gains_back(weights, A, d_gains, d_weights, d_A):
     "Gradients of weights [t, r] and of A."
     for t in range(len(d_gains)):
@@ -313,7 +313,7 @@ def row_gains_back(weights, A, d_gains, d_weights, d_A):
                 d_A[r, i] += weights[t, r] * d_gains[t, i]
 
 
-@compiled
+@inlined
 def write_gains_back(mask, A, d_omega, d_mask, d_A):
     "Gradients of the masks' columns of states and of A."
     L, N, e = d_omega.shape
@@ -327,7 +327,7 @@ def write_gains_back(mask, A, d_omega, d_mask, d_A):
                 d_mask[u, r, L + n] = total
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #bb3a39a4
-@compiled
+@inlined
 def read_rows_back(rho, reads, P, b, d_reads):
     "Gradients of rho, of the states' weights, and of P."
     for t in range(P.shape[0]):
@@ -342,7 +342,7 @@ def read_rows_back(rho, reads, P, b, d_reads):
             d_reads[t, n] = total
 
 
-@compiled
+@inlined
 def weigh_writes_back(y, omega, v, b, d_decay):
     "Gradients of the decay to the end, of omega, and of v."
     L, M, e = b.Y.shape
@@ -356,7 +356,7 @@ def weigh_writes_back(y, omega, v, b, d_decay):
                 b.v[u, i] += omega[u, n, i] * b.Y[u, 1 + n, i]
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #65e23d70
-@compiled
+@inlined
 def advance_rows_back(y, gamma, Z, b, d_start, d_kept):
     "Gradients of kappa and gamma, and (in place) the adjoint of the memories before the chunk."
     p, M, e = Z.shape
@@ -377,7 +377,7 @@ def advance_rows_back(y, gamma, Z, b, d_start, d_kept):
             d_kept[n] += total
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #9cb7bc89
-@compiled
+@inlined
 def attention_rows_back(y, c, A, b, g, j, d_A):
     "Gradients of the attention within the chunk."
     np.dot(tall(c.V), b.num.T, tall(b.MS))
@@ -388,7 +388,7 @@ def attention_rows_back(y, c, A, b, g, j, d_A):
     np.dot(b.S, c.q, b.k)
 
 
-@compiled
+@inlined
 def writes_rows_back(y, c, A, Z, b, g, j, d_A):
     "Gradients of what was written, from the adjoint of the memories at the end."
     write_gains(y.mask, A, c.omega)
@@ -403,7 +403,7 @@ def writes_rows_back(y, c, A, Z, b, g, j, d_A):
     row_gains_back(y.gained, A, b.gamma, g.gained[j], d_A)
 
 
-@compiled
+@inlined
 def reads_rows_back(y, c, A, Z, b, g, j, d_A):
     "Gradients of what was read, and their part of the adjoint of the memories at the start."
     np.dot(c.q, flat(Z), flat(c.P))

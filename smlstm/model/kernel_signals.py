@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel_masks import compiled, dot
+from .kernel_masks import compiled, dot, inlined
 from .signals import Signals, SignalState, as_strength, smoothing
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #e27d7bba
-@compiled
+@inlined
 def deviations(window, n, d):
     "d_k of the last n values of a window [W + 1]; 0 before."
     points, newest = len(window), window[-1]
@@ -31,14 +31,14 @@ def deviations(window, n, d):
         d[k] = window[k] - newest - mean if k >= points - n else 0
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #04c828d6
-@compiled
+@inlined
 def spread(d, n):
     "sigma of the deviations of n points."
     squares = dot(d, d) / max(n - 1, 1)
     return math.sqrt(squares) if squares > 0 else 0.0
 
 
-@compiled
+@inlined
 def spread_back(d, n, sigma, grad, d_window):
     "d_window += gradient of the values from that of sigma."
     if sigma > 0:
@@ -46,7 +46,7 @@ def spread_back(d, n, sigma, grad, d_window):
             d_window[k] += grad * d[k] / (max(n - 1, 1) * sigma)
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #2500f9f9
-@compiled
+@inlined
 def size_of(window, least):
     "Largest distance from the newest value; 0 where it is below `least` or a value is NaN."
     newest = window[-1]
@@ -57,7 +57,7 @@ def size_of(window, least):
     return largest if total == total and largest > least else least * 0
 
 
-@compiled
+@inlined
 def autocorrelation_of(window, n, least, d):
     "r of a window from its deviations d, which become e; then the size they were divided by, 0 where r is not defined."
     size = size_of(window, least) if n == len(window) and n > 2 else least * 0
@@ -69,7 +69,7 @@ def autocorrelation_of(window, n, least, d):
     return dot(d[:-1], d[1:]) / (math.sqrt(squares) if squares > 0 else 1), size
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #b1dac5f3
-@compiled
+@inlined
 def autocorrelation_back(e, size, grad, g, d_window):
     "d_window += gradient of the values from that of r; g is room for the gradient of e."
     first, rest = dot(e, e), dot(e[1:], e[1:])
@@ -90,7 +90,7 @@ SeriesOutputs = namedtuple("SeriesOutputs", "volatility agreement r sigma total 
 EPS = 1e-6  # as in `over_running_mean`
 
 
-@compiled
+@inlined
 def whole_series(i, s, series):
     "The values before series s and its own, [W + T], into `series`; the value before the first step."
     W = i.past.shape[1]
@@ -99,7 +99,7 @@ def whole_series(i, s, series):
     return series[W - 1] if i.seen[s] > 0 else series[W]
 
 
-@compiled
+@inlined
 def windows_forward(i, s, least, series, d, out):
     "Volatility and autocorrelation of all steps of series s."
     W, total = i.past.shape[1], i.total[s]
@@ -113,7 +113,7 @@ def windows_forward(i, s, least, series, d, out):
     out.total[s] = total
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #b5ef7b55
-@compiled
+@inlined
 def averages_forward(i, s, last, series, out):
     "Agreement of the two averages at all steps of series s, and their last changes."
     fast, slow, W = i.fast[s], i.slow[s], i.past.shape[1]
@@ -138,7 +138,7 @@ def signals_forward(i, least, series, d, out):
 SeriesGrads = namedtuple("SeriesGrads", "x past total fast slow")
 
 
-@compiled
+@inlined
 def windows_back(i, s, least, series, sigma, g, d, means, d_series):
     "d_series += gradient by volatility and autocorrelation; the gradient of the sum before the first step."
     W, T = i.past.shape[1], i.x.shape[1]
@@ -158,7 +158,7 @@ def windows_back(i, s, least, series, sigma, g, d, means, d_series):
     return adjoint
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #965de218
-@compiled
+@inlined
 def average_back(alpha, adjoint, before, d_series, W):
     "d_series += gradient by the last change of an average; that of its change before the first step."
     for t in range(len(d_series) - 1, W - 1, -1):
