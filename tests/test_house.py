@@ -77,7 +77,7 @@ def test_a_patch_is_found():
 def untyped(tree):
     "Public callables with a parameter or a result of no declared type. Numba finds the types of what it compiles."
     for name, node in callables(tree):
-        if isinstance(node, function) and "compiled" not in map(called, node.decorator_list):
+        if isinstance(node, function) and not {"compiled", "inlined"} & set(map(called, node.decorator_list)):
             a = node.args
             given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
             bare = [arg.arg for arg in given if arg.annotation is None and arg.arg not in ("self", "cls")]
