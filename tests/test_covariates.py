@@ -200,7 +200,7 @@ def audit_features(fitted, frame, ahead):
     return audit_causality(features, frame, cuts=2, rows=9, ahead=ahead, probes=PROBES).causal
 
 
-@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize("horizon", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_only_declared_columns_look_ahead_and_only_as_far_as_declared(monkeypatch, horizon):
     frame = bars("SPY").tail(600)
     frame = frame.assign(fomc=(np.arange(600) % 9 == 0).astype(float))

@@ -187,7 +187,11 @@ def signed(config):
     return config
 
 
-@pytest.mark.parametrize("value", [KeyError, None, 7, -1.5, "x", [], {}, [["x"]]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [KeyError, "x", [["x"]], *(pytest.param(x, marks=pytest.mark.slow) for x in (None, 7, -1.5, [], {}))],
+    ids=repr,
+)
 def test_whatever_is_in_the_file_one_kind_of_error(tmp_path, single, value):
     single.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -293,7 +297,7 @@ def test_training_leaves_streams_where_a_reading_of_the_same_bars_does(horizon, 
 # ---------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_any_split_of_a_stream_ends_where_one_reading_ends(panel, seed):
     rng, frames = np.random.default_rng(seed), {"SPY": bars("SPY"), "QQQ": bars("QQQ")}
     cuts = np.sort(rng.choice(np.arange(700, 1599), 6, replace=False))

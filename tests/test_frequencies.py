@@ -200,6 +200,7 @@ def test_what_a_user_chooses_of_the_windows_stays():
     assert WindowConfig(stride=5).filled(FREQUENCIES["1wk"]).stride == 5
 
 
+@pytest.mark.slow
 def test_hourly_bars_go_all_the_way(tmp_path):
     bars = hourly(seed=2, days=260).bars[["open", "high", "low", "close", "volume"]]
     result = flow(tmp_path, bars, "1h", seq_length=64)
@@ -323,6 +324,7 @@ def test_long_holidays_are_no_gaps_in_a_run(tmp_path, symbol):
     job.lock.release(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symbol", ["600519.SS"])
 def test_a_run_before_a_long_holiday_names_the_day_after_it(tmp_path, symbol):
     "And the bar of that day follows in the stream."

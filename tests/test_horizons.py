@@ -361,6 +361,7 @@ def test_the_command_line_takes_several_horizons():
     assert check_parameters(horizon=given)["horizon"] == HORIZONS
 
 
+@pytest.mark.slow
 def test_a_run_writes_each_horizon(tmp_path):
     small = dict(source="sample", start="2013-01-01", epochs=1, n_splits=2, hidden_size=8, n_heads=1, n_layers=1)
     result = run(small, horizon="1,5", seq_length=64, stride=128, output_dir=str(tmp_path))

@@ -296,7 +296,7 @@ def cost(code):
 
 def test_importing_the_forecaster_costs_little_more_than_torch():
     "The aim is 1.5 times; the bound leaves room for what else runs on the machine."
-    ours, torch = ([cost(f"{line}") for _ in range(3)] for line in ("from smlstm import Forecaster", "import torch"))
+    ours, torch = ([cost(f"{line}") for _ in range(2)] for line in ("from smlstm import Forecaster", "import torch"))
     assert min(ours)[0] < 1.8 * min(torch)[0]
     assert min(memory for _, memory, _ in ours) < 1.6 * min(memory for _, memory, _ in torch)
     assert ours[0][2] & HEAVY == set()

@@ -38,7 +38,8 @@ def page_of(result):
     return unescape(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<script>.*?</script>", "", text)))
 
 
-@pytest.mark.parametrize("horizon", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("horizon", [1, 4])
 def test_the_usual_move_covers_two_thirds(tmp_path, horizon):
     "With a planted deviation of 1% a bar, the usual move over h bars is 1% times the root of h and covers 68.3%."
     result = run_on(tmp_path, planted(), horizon=horizon)

@@ -196,6 +196,7 @@ def test_a_machine_is_lost_for_good(tmp_path):
     assert [result["status"] for result in results] == ["ok"] * 10 + ["failed"]
 
 
+@pytest.mark.slow
 def test_only_the_guilty_one_pays(tmp_path):
     "The first task kills its process each time, and its neighbours with it; each of them is run again alone."
     with two_workers("loky"):

@@ -228,20 +228,6 @@ def test_a_wrong_value_is_refused_before_any_work(tmp_path, monkeypatch, name, v
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name, value", [("epochs", -1), ("source", "nowhere.csv")])
-def test_the_notebook_refuses_a_wrong_value_before_any_work(tmp_path, name, value):
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        papermill.execute_notebook(
-            NOTEBOOK,
-            tmp_path / "out.ipynb",
-            {"output_dir": str(tmp_path / "runs"), **SMALL, name: value},
-            progress_bar=False,
-            cwd=tmp_path,
-        )
-    assert caught.value.ename == "ParameterError" and name in caught.value.evalue and repr(value) in caught.value.evalue
-    assert not (tmp_path / "runs").exists()
-
-
 def test_an_unknown_ticker_is_refused_in_the_same_cell(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(
