@@ -51,10 +51,10 @@ _RISK = [
     Column("tail", "tail", "{:.0%}"),
     Column("days", "days below", "{:.0f}"),
     Column("share", "share", "{:.1%}"),
-    Column("kupiec", "p: number (Kupiec)", "{:.2g}"),
-    Column("independence", "p: clusters (Christoffersen)", "{:.2g}"),
-    Column("christoffersen", "p: both", "{:.2g}"),
-    Column("acerbi_szekely", "shortfall (Acerbi-Szekely)", "{:+.3f}"),
+    Column("kupiec", "p, Kupiec", "{:.2g}"),
+    Column("independence", "p, Christoffersen", "{:.2g}"),
+    Column("christoffersen", "p, both", "{:.2g}"),
+    Column("acerbi_szekely", "Acerbi-Szekely", "{:+.3f}"),
     Column("acerbi_szekely_p", "p", "{:.2g}"),
 ]
 
@@ -167,8 +167,9 @@ def detail_sections(details: Mapping[str, Any]) -> list[Section]:
         ),
         Section(
             "Value at risk and expected shortfall",
-            "Days with a return below its forecast quantile. Small p-values "
-            "speak against the forecast; a negative shortfall statistic, of losses that were underestimated.",
+            "Days with a return below its forecast quantile: their number (Kupiec), their coming in clusters "
+            "(Christoffersen), both, and the losses on them (Acerbi and Szekely). Small p-values speak against "
+            "the forecast; a negative statistic of the losses, of losses that were underestimated.",
             text_table(details["risk"], _RISK),
         ),
     ]

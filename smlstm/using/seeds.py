@@ -70,7 +70,7 @@ def seed_table(
 # %% ../../nbs/using/52c_seeds.ipynb #766f3740
 ONE_SEED = (
     "One seed was trained. Another would have other scores and might have another verdict; with the parameter "
-    "`seeds` above 1, networks of several seeds are trained in each fold and this section shows their spread."
+    "seeds above 1, networks of several seeds are trained in each fold and this section shows their spread."
 )
 
 
