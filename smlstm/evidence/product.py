@@ -286,7 +286,7 @@ PRODUCT_MEASURES: dict[str, Callable[[], pd.DataFrame]] = {
     "GJR-GARCH": lambda: planted_rows(lambda seed: walk_prices(5_000, seed), PRODUCT_SEEDS),
     "constant variance": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, leverage=False), range(10)),
     "noise": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, freedom=5.0), PRODUCT_SEEDS),
-    "ablations": lambda: ablation_rows(_ABLATED, range(4)),
+    "ablations": lambda: ablation_rows(_ABLATED, PRODUCT_SEEDS),
     "CPU seconds": lambda: cpu_costs(_FEW_SEEDS),
 }
 
