@@ -282,7 +282,7 @@ PRODUCT_MEASURES: dict[str, Callable[[], pd.DataFrame]] = {
     "AR 0.3": lambda: planted_rows(lambda seed: momentum_prices(0.3, seed=seed), PRODUCT_SEEDS),
     "AR 0.15": lambda: planted_rows(lambda seed: momentum_prices(0.15, seed=seed), PRODUCT_SEEDS),
     "regime switch": lambda: planted_rows(lambda seed: switch_prices(seed=seed), PRODUCT_SEEDS),
-    "regime switch, 20,000 bars": lambda: planted_rows(lambda seed: switch_prices(20_000, seed), _FEW_SEEDS),
+    "regime switch, 20,000 bars": lambda: planted_rows(lambda seed: switch_prices(20_000, seed), PRODUCT_SEEDS),
     "GJR-GARCH": lambda: planted_rows(lambda seed: walk_prices(5_000, seed), PRODUCT_SEEDS),
     "constant variance": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, leverage=False), range(10)),
     "noise": lambda: planted_rows(lambda seed: walk_prices(2_000, seed, freedom=5.0), PRODUCT_SEEDS),
