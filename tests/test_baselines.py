@@ -10,6 +10,7 @@ from smlstm.data.variance import variance_proxy
 from smlstm.judging.baselines import (
     add_baselines,
     boosted_forecast,
+    garch_variance,
     leverage_har_variance,
     linear_forecast,
     range_garch_variance,
@@ -133,3 +134,15 @@ def test_contenders_are_fitted_before_their_fold(prices):
         outcome = np.log(prices.close.shift(-horizon) / prices.close)[: 500 - horizon]
         assert columns.drift_close / columns.close == pytest.approx(np.exp(outcome.mean()), rel=1e-12)
         assert columns.share_probability == pytest.approx((outcome > 0).mean())
+
+
+def test_gaps_after_the_training_rows_change_no_fit():
+    r, dates = np.random.default_rng(0), pd.bdate_range("2015-01-01", periods=600)
+    close = pd.Series(100 * np.exp(np.cumsum(0.01 * r.normal(size=600))), dates)
+    proxy = pd.Series(1e-4 * r.chisquare(3, 600) / 3, dates)
+    holes, missing = proxy.copy(), close.copy()
+    holes.iloc[450:550] = missing.iloc[450:550] = np.nan
+    whole, broken = (range_garch_variance(close, p, slice(100, 400)) for p in (proxy, holes))
+    pd.testing.assert_series_equal(whole[:450], broken[:450])
+    whole, broken = (garch_variance(c, proxy, slice(100, 400)) for c in (close, missing))
+    pd.testing.assert_series_equal(whole[:450], broken[:450])

@@ -15,6 +15,7 @@ from smlstm.data.windows import Fold, refit_folds, time_folds
 from smlstm.judging.baselines import add_baselines, ewma_variance, linear_forecast
 from smlstm.judging.evaluation import comparison_table, deflated_sharpe, evaluate, illustrate
 from smlstm.judging.intervals import conformal_intervals
+from smlstm.judging.score_details import encompassing_test
 from smlstm.judging.scores import evaluate_fold, head_forecasts, interval_coverage, known_forecasts, share_interval
 from smlstm.judging.skill import (
     SkillTest,
@@ -424,3 +425,15 @@ def test_no_skill_on_noise_for_the_whole_chain():
         full = add_baselines(pd.concat(parts, ignore_index=True), frame)
         granted += any(v.outcome == "skill shown" for v in verdicts(skill_tests(full)).values())
     assert granted <= 1
+
+
+def test_what_leaves_no_error_has_no_weight():
+    "A perfect forecast, constant outcomes, two rows, NaN and other lengths: refused, and left out of a frame's tests."
+    r = np.random.default_rng(0)
+    y, f, g = r.normal(size=(3, 200))
+    for bad in ((y, y, g), (np.ones(200), np.full(200, 0.5), g), (y[:2], f[:2], g[:2])):
+        with pytest.raises(ValueError, match="no error"):
+            encompassing_test(*bad)
+    for bad in ((y, f, g[:1]), (y, np.where(y > 2, np.nan, f), g), (y[:, None], f[:, None], g[:, None])):
+        with pytest.raises(ValueError, match="finite and"):
+            encompassing_test(*bad)

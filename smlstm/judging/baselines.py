@@ -110,7 +110,7 @@ def _garch_scale(r: pd.Series) -> float:
 
 
 def _garch_path(
-    x: pd.Series,  # what the variance is that of, with leading NaN at most, [n]
+    x: pd.Series,  # what the variance is that of, [n]; NaN is left out
     train: slice,  # rows to fit on
     horizon: int,  # bars ahead
     **model,  # of `arch.arch_model`
@@ -118,12 +118,12 @@ def _garch_path(
     "Mean variance of the next bars from every row from the first training row on, [n], its parameters fitted once."
     from arch import arch_model
 
-    known = x.dropna()
-    skip = len(x) - len(known)
-    first = max((train.start or 0) - skip, 0)
-    scale = _garch_scale(known.iloc[first : train.stop - skip])
+    known, there = x.dropna(), x.notna().to_numpy()
+    start, stop, _ = train.indices(len(x))
+    first, last = int(there[:start].sum()), int(there[:stop].sum())
+    scale = _garch_scale(known.iloc[first:last])
     fit = arch_model(scale * known, p=1, q=1, **model).fit(
-        first_obs=first, last_obs=train.stop - skip, disp="off", show_warning=False
+        first_obs=first, last_obs=last, disp="off", show_warning=False
     )
     path = fit.forecast(horizon=horizon, start=first, reindex=False).variance
     return path.mean(axis=1).div(scale**2).clip(lower=VARIANCE_FLOOR).reindex(x.index)

@@ -7,6 +7,7 @@ __all__ = ['scores_by_year', 'MincerZarnowitz', 'mincer_zarnowitz', 'Encompassin
            'quantile_table', 'evaluate_details']
 
 # %% ../../nbs/judging/36_score_details.ipynb #6bbe3c7d
+import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,13 +94,17 @@ def encompassing_test(
     other: np.ndarray,  # another forecast of them, [n]
     horizon: int = 1,  # bars ahead
 ) -> Encompassing:
-    "Whether another forecast adds to one's own. `ValueError` where they differ by a constant."
+    "Whether another forecast adds to one's own. `ValueError` where they differ by a constant, or no error is left."
     y, f, g = (np.asarray(values, float) for values in (actual, own, other))
-    if np.ptp(g - f) <= 1e-9 * np.std(y):
+    if y.ndim != 1 or not len(y) or not y.shape == f.shape == g.shape or not np.isfinite([y, f, g]).all():
+        raise ValueError(f"outcomes and forecasts must be finite and [n], got {y.shape}, {f.shape} and {g.shape}")
+    if np.ptp(g - f) <= 1e-9 * max(np.std(y), np.abs(f).max()):
         raise ValueError("the forecasts differ by a constant: no weight can be found")
     size = float(np.std(g - f))  # so that both columns are of one size
     x = np.column_stack([np.ones(len(y)), (g - f) / size])
     coefficients, covariance = _robust_regression(x, y - f, horizon)
+    if np.std(y - f - x @ coefficients) <= 1e-9 * size:
+        raise ValueError(f"both forecasts leave no error in {len(y)} rows: a weight has no standard error")
     weight, error = float(coefficients[1]) / size, float(np.sqrt(covariance[1, 1])) / size
     return Encompassing(weight, error, float(2 * ndtr(-abs(weight / error))))
 
@@ -115,7 +120,7 @@ def encompassing_tests(
         other, chosen = best_so_far(f, head)
         columns = f[HEAD_COLUMNS[head].actual], f[HEAD_COLUMNS[head].forecast], other
         actual, own, theirs = (np.asarray(scale(column), float) for column in columns)
-        if np.ptp(theirs - own) > 1e-9 * np.std(actual):
+        with contextlib.suppress(ValueError):  # nothing to be found: equal forecasts, or one without errors
             made[head] = {
                 "contender": ", ".join(dict.fromkeys(chosen.values())),
                 "contender_adds": encompassing_test(actual, own, theirs, horizon)._asdict(),
