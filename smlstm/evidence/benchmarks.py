@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Contender', 'learnable', 'peers', 'contenders', 'once', 'medians', 'most_held', 'peak_here', 'in_child',
-           'peak_memory', 'products', 'least_seconds', 'product_rate', 'widest', 'cell_table', 'growth_of_time',
-           'step_against_rerun', 'training_steps', 'training_seconds', 'compile_here', 'compile_seconds', 'figures',
-           'measure', 'main']
+           'peak_memory', 'products', 'least_seconds', 'product_rate', 'widest', 'cell_table', 'in_turns',
+           'growth_of_time', 'step_against_rerun', 'training_steps', 'training_seconds', 'compile_here',
+           'compile_seconds', 'figures', 'measure', 'main']
 
 # %% ../../nbs/evidence/63_benchmarks.ipynb #6a7bacbe
 import argparse
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -226,6 +226,18 @@ def cell_table(
     return pd.DataFrame(rows, columns=columns).set_index(columns[:2])
 
 # %% ../../nbs/evidence/63_benchmarks.ipynb #ebd92643
+def in_turns(steps: dict[str, Callable[[], Any]], runs: int) -> pd.Series:
+    "Median CPU seconds of each step, taken in turns; the second of two calls counts."
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(runs):
+        for name, step in steps.items():
+            step()
+            start = time.process_time()
+            step()
+            spent[name].append(time.process_time() - start)
+    return pd.DataFrame(spent).median()
+
+
 def growth_of_time(
     lengths: Sequence[int] = (1024, 2048, 4096, 8192, 16384, 32768, 65536), d: int = 64, runs: int = 3
 ) -> pd.Series:
@@ -244,15 +256,9 @@ def step_against_rerun(
     _, state = model(x)
     with TemporaryDirectory() as folder:
         step = open_compiled(compile_step(model, Path(folder) / "step.pt2")) if compiled else model.step
-    spent = {"step": [], "again": []}
     _, state = step(x[:, -1], state)
-    for _ in range(runs):
-        for name, run in (("step", lambda: step(x[:, -1], state)), ("again", lambda: model(x))):
-            run()
-            start = time.process_time()
-            run()
-            spent[name].append(time.process_time() - start)
-    return pd.Series(spent["step"]).median() / pd.Series(spent["again"]).median()
+    spent = in_turns({"step": lambda: step(x[:, -1], state), "again": lambda: model(x)}, runs)
+    return spent["step"] / spent["again"]
 
 # %% ../../nbs/evidence/63_benchmarks.ipynb #cbb7fa34
 def training_steps(batch: int, n_features: int = 34, bars: int = 128) -> dict[str, Callable[[], None]]:
@@ -261,8 +267,8 @@ def training_steps(batch: int, n_features: int = 34, bars: int = 128) -> dict[st
     rows = Batch(torch.randn(batch, bars, n_features), torch.randn(batch, bars, 3), torch.ones(batch, bars))
 
     def steps_of(model: torch.nn.Module) -> Callable[[], None]:
-        params, state = list(model.train().parameters()), [initial_state([*model.parameters()])]
-        decay = decay_vector(params, 0.01)
+        params = list(model.train().parameters())
+        state, decay = [initial_state(params)], decay_vector(params, 0.01)
 
         def step() -> None:
             grown = accumulate_gradient(model, params, objective, rows, CurriculumWeights(), state[0])
@@ -275,15 +281,8 @@ def training_steps(batch: int, n_features: int = 34, bars: int = 128) -> dict[st
 
 
 def training_seconds(batch: int, runs: int = 21) -> pd.Series:
-    "Median CPU seconds of a step of training by each, the second of two in each turn."
-    steps, spent = training_steps(batch), {name: [] for name in ("SM-LSTM", "nn.LSTM")}
-    for _ in range(runs):
-        for name, step in steps.items():
-            step()
-            start = time.process_time()
-            step()
-            spent[name].append(time.process_time() - start)
-    return pd.Series({name: pd.Series(times).median() for name, times in spent.items()})
+    "Median CPU seconds of a step of training by each."
+    return in_turns(training_steps(batch), runs)
 
 # %% ../../nbs/evidence/63_benchmarks.ipynb #591f9df7
 def compile_here() -> float:

@@ -135,6 +135,7 @@ def signals_forward(i, least, series, d, out):
         averages_forward(i, s, last, series, out)
 
 # %% ../../nbs/model/06d_kernel_signals.ipynb #c1fc7e6a
+SeriesAdjoints = namedtuple("SeriesAdjoints", "volatility r total fast slow")  # 2 of [B, T], 3 of [B]
 SeriesGrads = namedtuple("SeriesGrads", "x past total fast slow")
 
 
@@ -170,7 +171,7 @@ def average_back(alpha, adjoint, before, d_series, W):
 
 @compiled
 def signals_backward(i, least, sigma, g, series, d, means, d_series, grads):
-    "Gradients of all series into `grads` from those of `SeriesOutputs` g; d [2, W + 1] is room."
+    "Gradients of all series into `grads` from `SeriesAdjoints` g; d [2, W + 1] is room."
     W = i.past.shape[1]
     for s in range(len(i.x)):
         whole_series(i, s, series)
@@ -277,11 +278,10 @@ def signals_backward_op(
     T, W = x.shape[1], past.shape[1]
     i, least = series_inputs(x, past, seen, total, fast, slow, alpha)
     empty = lambda *shape: np.empty(shape, i.x.dtype)
-    volatility, r, sigma_, *ends = arrays_of(d_volatility, d_r, sigma, d_total, d_fast, d_slow)
-    g = SeriesOutputs(volatility, volatility, r, sigma_, *ends)
+    g = SeriesAdjoints(*arrays_of(d_volatility, d_r, d_total, d_fast, d_slow))
     grads = SeriesGrads(*(np.empty_like(part) for part in (i.x, i.past, *i[3:6])))
     room = empty(W + T), empty(2, W + 1), empty(T), empty(W + T)
-    signals_backward(i, least, sigma_, g, *room, grads)
+    signals_backward(i, least, *arrays_of(sigma), g, *room, grads)
     return tuple(torch.from_numpy(part) for part in grads)
 
 
