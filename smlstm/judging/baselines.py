@@ -101,6 +101,9 @@ def leverage_har_variance(
     return _rescaled(pd.Series(np.exp(fitted)), ahead, train)
 
 # %% ../../nbs/judging/34_baselines.ipynb #4a50c4ec
+_GARCH_BARS = 20  # fewest returns that it is fitted to
+
+
 def _garch_scale(r: pd.Series) -> float:
     "Percent, or ten times as fine until the variance is at least one: the optimizer is made for such numbers."
     scale, variance = 100.0, float(r.var())
@@ -115,12 +118,17 @@ def _garch_path(
     horizon: int,  # bars ahead
     **model,  # of `arch.arch_model`
 ) -> pd.Series:
-    "Mean variance of the next bars from every row from the first training row on, [n], its parameters fitted once."
+    """Mean variance of the next bars from every row from the first training row on, [n], its parameters fitted once.
+
+    Raises `ValueError` for fewer than 20 training rows with a return.
+    """
     from arch import arch_model
 
     known, there = x.dropna(), x.notna().to_numpy()
     start, stop, _ = train.indices(len(x))
     first, last = int(there[:start].sum()), int(there[:stop].sum())
+    if last - first < _GARCH_BARS:
+        raise ValueError(f"train={train} holds {max(last - first, 0)} returns: GARCH needs {_GARCH_BARS}")
     scale = _garch_scale(known.iloc[first:last])
     fit = arch_model(scale * known, p=1, q=1, **model).fit(
         first_obs=first, last_obs=last, disp="off", show_warning=False

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined
+from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined, zero_of
 from smlstm.model.kernel_rows import (
     add,
     advance_normalizer,
@@ -183,7 +183,7 @@ def weigh_pairs_back(mask, V, b, d_mask):
     for u in range(L):
         for r in range(R):
             for n in range(N):
-                total = V[0, 0, 0] * 0
+                total = zero_of(V)
                 for i in range(e):
                     total += V[u, r, i] * b.Y[u, r, n, i]
                     b.V[u, r, i] += mask[u, r, L + n] * b.Y[u, r, n, i]

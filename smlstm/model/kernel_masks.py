@@ -309,9 +309,15 @@ Grads = namedtuple("Grads", "q k v log_i log_f w log_a b s C D A B rest Z n")  #
 
 # %% ../../nbs/model/06a_kernel_masks.ipynb #30e9b326
 @inlined
+def zero_of(x):
+    "0 in the dtype of an array. To Numba 0.0, or a number of single precision times 0, is of double precision."
+    return x.dtype.type(0)
+
+
+@inlined
 def dot(x, y):
     "Sum of products of two vectors."
-    total = x[0] * 0
+    total = zero_of(x)
     for t in range(len(x)):
         total += x[t] * y[t]
     return total
@@ -323,7 +329,7 @@ def masks_back(u, y, d_mask, j):
     R, width = j.mask.shape
     j.kernel.fill(0)
     for r in range(R):
-        to_f, to_w = y.i[0] * 0, y.i[0] * 0
+        to_f, to_w = zero_of(y.i), zero_of(y.i)
         for t in range(width):
             to_f += j.mask[r, t] * y.mask[u, r, t]
             adjoint = y.a[0, u] * j.mask[r, t] + d_mask[u, r, t]
@@ -344,13 +350,13 @@ def kernel_back(u, y, C, d_decay, d_C, j):
     for t in range(L - 1):
         j.held[t + 1] += j.kernel[t + 1] * y.ssm[u, t]
         j.ssm[t] += y.held[t + 1] * j.kernel[t + 1]
-    to_f = y.i[0] * 0
+    to_f = zero_of(y.i)
     for t in range(L):
         to_f += j.decay[0, t] * y.decay[0, u, t]
         j.decay[0, t] = y.a[0, u] * j.decay[0, t] + d_decay[u, t]
     j.a[0, u] += to_f
     for n in range(N):
-        weight, to_a, to_cb = C[n] * y.b[u, n], y.i[0] * 0, y.i[0] * 0
+        weight, to_a, to_cb = C[n] * y.b[u, n], zero_of(y.i), zero_of(y.i)
         for t in range(L):
             to_a += j.decay[1 + n, t] * y.decay[1 + n, u, t]
             to_cb += j.ssm[t] * y.decay[1 + n, u, t]
@@ -366,7 +372,7 @@ def kernel_back(u, y, C, d_decay, d_C, j):
 def carried_back(y, C, D, before, g, c, d_C, d_before, j):
     "Adjoints before the first write. Returns the gradient of D."
     L, N = y.reads.shape
-    d_D = D * 0
+    d_D = zero_of(C)
     for r in range(y.mask.shape[1]):
         for t in range(L):
             j.mask[r, t] = g.carried[c, t, r]

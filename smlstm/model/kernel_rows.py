@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined, rows_in
+from .kernel_masks import STEPS, chunk_of, compiled, dot, grads_of, inlined, rows_in, zero_of
 
 # %% ../../nbs/model/06b_kernel_rows.ipynb #c7dffce1
 Kept = namedtuple(
@@ -320,7 +320,7 @@ def write_gains_back(mask, A, d_omega, d_mask, d_A):
     for u in range(L):
         for n in range(N):
             for r in range(A.shape[0]):
-                total = A[r, 0] * 0
+                total = zero_of(A)
                 for i in range(e):
                     total += A[r, i] * d_omega[u, n, i]
                     d_A[r, i] += mask[u, r, L + n] * d_omega[u, n, i]
@@ -335,7 +335,7 @@ def read_rows_back(rho, reads, P, b, d_reads):
             b.rho[t, i] = P[t, 0, i] * b.num[t, i]
             b.P[t, 0, i] = rho[t, i] * b.num[t, i]
         for n in range(reads.shape[1]):
-            total = b.num[0, 0] * 0
+            total = zero_of(P)
             for i in range(P.shape[2]):
                 total += P[t, 1 + n, i] * b.num[t, i]
                 b.P[t, 1 + n, i] = reads[t, n] * b.num[t, i]
@@ -368,7 +368,7 @@ def advance_rows_back(y, gamma, Z, b, d_start, d_kept):
         for i in range(e):
             b.Z[j, 0, i] *= y.start[0, end]
         for n in range(M - 1):
-            total = d_kept[n] * 0
+            total = zero_of(Z)
             for i in range(e):
                 total += Z[j, 1 + n, i] * b.Z[j, 1 + n, i]
                 b.gamma[n, i] += Z[j, 0, i] * b.Z[j, 1 + n, i]

@@ -6,9 +6,10 @@
 __all__ = ['chunkwise_kernel', 'kernel_transforms', 'first_memories', 'last_memory', 'mixed_chunkwise_kernel']
 
 # %% ../../nbs/model/06_kernels.ipynb #d8dd7399
+import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -108,11 +109,22 @@ def in_threads(work: Callable[[int, int], None], S: int) -> None:
         list(pool.map(part, bounds))
 
 # %% ../../nbs/model/06_kernels.ipynb #aebb1d6d
+@functools.lru_cache(64)
 def places(B: int, H: int, G: int, shared: bool) -> np.ndarray:
     "For each sequence the row of its coefficients (one for all where the batch shares them), its head and its group."
     b, h = np.divmod(np.arange(B * H), H)
     g = h // (H // G)
     return np.stack([(0 if shared else b) * G + g, h, g], 1)
+
+
+def to_sequences(*tensors: Tensor) -> list[np.ndarray]:
+    "Arrays [B * H, ...] of tensors [B, H, ...]."
+    return [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in arrays_of(*tensors)]
+
+
+def from_sequences(arrays: Iterable[np.ndarray], B: int, H: int) -> tuple[Tensor, ...]:
+    "Tensors [B, H, ...] of arrays [B * H, ...]."
+    return tuple(torch.from_numpy(x.reshape(B, H, *x.shape[1:])) for x in arrays)
 
 
 def inputs_of(
@@ -133,9 +145,8 @@ def inputs_of(
 ) -> Inputs:
     "Arrays of the kernel, with all sequences in their first axis."
     B, H, T, _ = q.shape
-    rows = [x.flatten(0, 1) for x in (q, k, v, log_i, log_f, w, log_a, b, s)]
-    place = places(B, H, w.shape[1], w.shape[0] != B)
-    x = Inputs(place, np.zeros(B * H, np.int64), *arrays_of(*rows, C, D, A, Bt, rest.flatten(0, 1)))
+    place, rows = places(B, H, w.shape[1], w.shape[0] != B), to_sequences(q, k, v, log_i, log_f, w, log_a, b, s)
+    x = Inputs(place, np.zeros(B * H, np.int64), *rows, *arrays_of(C, D, A, Bt), *to_sequences(rest))
     find_stops(x)
     return x
 
@@ -221,13 +232,12 @@ def memory_op(
     x = inputs_of(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, rest)
     empty = lambda *shape: np.empty((B * H, *shape), x.q.dtype)
     out, scales = Kept(empty(T, e), empty(T), empty(slots, d, M, e), empty(slots, d)), empty(T + 1)
-    out.Z[:, 0], out.n[:, 0], scales[:, 0] = arrays_of(Z.flatten(0, 1), n.flatten(0, 1), m.flatten())
+    out.Z[:, 0], out.n[:, 0], scales[:, 0] = to_sequences(Z, n, m)
     run_forward(x, scales, out, theta)
     last = -(-T // STEPS) % slots
     Z_end, n_end = out.Z[:, last].copy(), out.n[:, last].copy()
     Z_end[x.stop < T], n_end[x.stop < T] = np.nan, np.nan
-    parts = out.h, Z_end, n_end, scales, out.n_q, out.Z, out.n
-    return tuple(torch.from_numpy(part).unflatten(0, (B, H)) for part in parts)
+    return from_sequences((out.h, Z_end, n_end, scales, out.n_q, out.Z, out.n), B, H)
 
 
 @memory_op.register_fake
@@ -251,11 +261,11 @@ def memory_backward_op(
     (B, H, _, _), G = q.shape, w.shape[1]
     x = inputs_of(q, k, v, log_i, log_f, w, log_a, b, s, C, D, A, Bt, rest)
     each = lambda part: np.zeros((B * H, *part.shape[1:]), part.dtype)  # of what sequences share, one for each of them
-    adjoints = [a.copy() for a in arrays_of(grad_Z.flatten(0, 1), grad_n.flatten(0, 1))]
+    adjoints = [a.copy() for a in to_sequences(grad_Z, grad_n)]
     d = Grads(*map(each, x[2:]), *adjoints)
-    *kept, scales = arrays_of(*(part.flatten(0, 1) for part in (h, n_q, Zs, ns, m)))
-    run_backward(x, scales.copy(), Kept(*kept), theta, *arrays_of(grad_h.flatten(0, 1)), d)
-    d = Grads(*(torch.from_numpy(part).unflatten(0, (B, H)) for part in d))
+    *kept, scales = to_sequences(h, n_q, Zs, ns, m)
+    run_backward(x, scales.copy(), Kept(*kept), theta, *to_sequences(grad_h), d)
+    d = Grads(*from_sequences(d, B, H))
     grouped = lambda part: part.unflatten(1, (G, H // G)).sum(2)
     timed = [grouped(part).sum_to_size(like.shape) for part, like in zip((d.w, d.log_a, d.b, d.s), (w, log_a, b, s))]
     own = d.q, d.k, d.v, d.log_i, d.log_f, *timed, grouped(d.C).sum(0), grouped(d.D).sum(0), d.A.sum(0), d.B.sum(0)
