@@ -60,14 +60,17 @@ def measure_row(
 
 # %% ../../nbs/evidence/67_tpu.ipynb #aae0514a
 def cpu_milliseconds(model: nn.Module, batch: Batch, rounds: int = 5) -> float:
-    "Processor time of a training batch on a CPU: the median of `rounds`, after one that compiles the kernels."
+    "Processor time of a training batch on one thread: the median of `rounds`, after one that compiles the kernels."
     optimizer, objective, spent = torch.optim.AdamW(model.parameters()), MultiObjectiveLoss(), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(rounds + 1):
         began = time.process_time()
         objective(model(batch.x)[0], batch.y).total.backward()
         optimizer.step()
         optimizer.zero_grad()
         spent.append(time.process_time() - began)
+    torch.set_num_threads(threads)
     return 1e3 * statistics.median(spent[1:])
 
 

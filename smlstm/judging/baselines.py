@@ -136,7 +136,7 @@ def _garch_path(
     path = fit.forecast(horizon=horizon, start=first, reindex=False).variance
     return path.mean(axis=1).div(scale**2).clip(lower=VARIANCE_FLOOR).reindex(x.index)
 
-
+# %% ../../nbs/judging/34_baselines.ipynb #5245491c
 def garch_variance(
     close: pd.Series,  # closing prices of all bars, [n]
     proxy: pd.Series,  # measured variance of all bars, [n]
