@@ -151,5 +151,5 @@ def test_gaps_after_the_training_rows_change_no_fit():
 @pytest.mark.parametrize("forecast", [garch_variance, range_garch_variance])
 @pytest.mark.parametrize("train, held", [(slice(300, 300), 0), (slice(300, 319), 19), (slice(0, 0), 0)])
 def test_garch_refuses_rows_that_it_cannot_be_fitted_to(prices, forecast, train, held):
-    with pytest.raises(ValueError, match=f"{held} returns: GARCH needs 20"):
+    with pytest.raises(ValueError, match=f"{held} values: GARCH needs 20"):
         forecast(prices.close, variance_proxy(prices), train)

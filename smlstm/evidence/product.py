@@ -8,6 +8,7 @@ __all__ = ['PRODUCT_SEEDS', 'PRODUCT_MEASURES', 'product_forecasts', 'contenders
            'true_shares', 'constant_of_own_rows', 'planted_rows', 'ablation_rows', 'cpu_costs', 'read_product', 'main']
 
 # %% ../../nbs/evidence/68_product.ipynb #676895e3
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,13 +166,14 @@ def thread_verdicts(
 ) -> pd.DataFrame:
     "A row for each ticker and number of threads: QLIKE of the model, and the verdicts."
     before, rows = torch.get_num_threads(), []
-    for ticker in tickers:
-        for number in threads:
+    try:
+        for ticker, number in itertools.product(tickers, threads):
             torch.set_num_threads(number)
             row = score_row(index_frames(ticker, [seed], **settings)[seed])
             kept = {name: value for name, value in row.items() if name == "QLIKE, model" or "verdict" in name}
             rows.append({"ticker": ticker, "threads": number} | kept)
-    torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evidence/68_product.ipynb #b6c84b2b

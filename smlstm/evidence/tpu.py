@@ -64,13 +64,15 @@ def cpu_milliseconds(model: nn.Module, batch: Batch, rounds: int = 5) -> float:
     optimizer, objective, spent = torch.optim.AdamW(model.parameters()), MultiObjectiveLoss(), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(rounds + 1):
-        began = time.process_time()
-        objective(model(batch.x)[0], batch.y).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        spent.append(time.process_time() - began)
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(rounds + 1):
+            began = time.process_time()
+            objective(model(batch.x)[0], batch.y).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            spent.append(time.process_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return 1e3 * statistics.median(spent[1:])
 
 

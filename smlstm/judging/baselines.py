@@ -101,7 +101,7 @@ def leverage_har_variance(
     return _rescaled(pd.Series(np.exp(fitted)), ahead, train)
 
 # %% ../../nbs/judging/34_baselines.ipynb #4a50c4ec
-_GARCH_BARS = 20  # fewest returns that it is fitted to
+_GARCH_BARS = 20  # fewest values that it is fitted to
 
 
 def _garch_scale(r: pd.Series) -> float:
@@ -120,7 +120,7 @@ def _garch_path(
 ) -> pd.Series:
     """Mean variance of the next bars from every row from the first training row on, [n], its parameters fitted once.
 
-    Raises `ValueError` for fewer than 20 training rows with a return.
+    Raises `ValueError` for fewer than 20 values in the training rows.
     """
     from arch import arch_model
 
@@ -128,7 +128,7 @@ def _garch_path(
     start, stop, _ = train.indices(len(x))
     first, last = int(there[:start].sum()), int(there[:stop].sum())
     if last - first < _GARCH_BARS:
-        raise ValueError(f"train={train} holds {max(last - first, 0)} returns: GARCH needs {_GARCH_BARS}")
+        raise ValueError(f"train={train} holds {max(last - first, 0)} values: GARCH needs {_GARCH_BARS}")
     scale = _garch_scale(known.iloc[first:last])
     fit = arch_model(scale * known, p=1, q=1, **model).fit(
         first_obs=first, last_obs=last, disp="off", show_warning=False
@@ -144,7 +144,10 @@ def garch_variance(
     horizon: int = 1,  # bars ahead
     asymmetric: bool = False,  # GJR: falls and rises act differently
 ) -> pd.Series:
-    "GARCH(1,1) or GJR-GARCH(1,1,1) with t errors; a forecast for every row from the first training row on."
+    """GARCH(1,1) or GJR-GARCH(1,1,1) with t errors; a forecast for every row from the first training row on.
+
+    Raises `ValueError` for fewer than 20 returns in the training rows.
+    """
     r = pd.Series(np.log(close)).diff()
     forecast = _garch_path(r, train, horizon, mean="Constant", o=int(asymmetric), dist="t")
     return _rescaled(forecast, _variance_ahead(proxy, horizon), train)
@@ -156,7 +159,10 @@ def range_garch_variance(
     train: slice,  # rows to fit on
     horizon: int = 1,  # bars ahead
 ) -> pd.Series:
-    "Asymmetric range model (Chou, 2005; Engle and Gallo, 2006); a forecast from the first training row on, [n]."
+    """Asymmetric range model (Chou, 2005; Engle and Gallo, 2006); a forecast from the first training row on, [n].
+
+    Raises `ValueError` for fewer than 20 measured variances in the training rows.
+    """
     signed = np.sqrt(proxy).where(~(close.diff() < 0), -np.sqrt(proxy))
     forecast = _garch_path(signed, train, horizon, mean="Zero", o=1, dist="normal")
     return _rescaled(forecast, _variance_ahead(proxy, horizon), train)

@@ -111,7 +111,10 @@ def in_threads(work: Callable[[int, int], None], S: int) -> None:
 # %% ../../nbs/model/06_kernels.ipynb #aebb1d6d
 @functools.lru_cache(64)
 def places(B: int, H: int, G: int, shared: bool) -> np.ndarray:
-    "For each sequence the row of its coefficients (one for all where the batch shares them), its head and its group."
+    """For each sequence the row of its coefficients (one for all where the batch shares them), its head and its group.
+
+    All calls share the array: it is only read.
+    """
     b, h = np.divmod(np.arange(B * H), H)
     g = h // (H // G)
     return np.stack([(0 if shared else b) * G + g, h, g], 1)
@@ -126,7 +129,7 @@ def from_sequences(arrays: Iterable[np.ndarray], B: int, H: int) -> tuple[Tensor
     "Tensors [B, H, ...] of arrays [B * H, ...]."
     return tuple(torch.from_numpy(x.reshape(B, H, *x.shape[1:])) for x in arrays)
 
-
+# %% ../../nbs/model/06_kernels.ipynb #eb6c8245
 def inputs_of(
     q: Tensor,
     k: Tensor,
