@@ -30,7 +30,7 @@ from ..data.windows import learned_stop
 from .ablations import build_models
 from .planted import excess_share
 from .planted_prices import momentum_prices, switch_prices, walk_prices
-from .record_files import dated, kept_record, record_parser
+from .record_files import dated, kept_record, record_parser, torch_threads
 from ..judging.baselines import add_baselines, boosted_forecast
 from ..judging.metrics import qlike, qlike_scale
 from ..judging.scores import HEAD_COLUMNS, head_forecasts, head_loss, known_forecasts
@@ -165,15 +165,12 @@ def thread_verdicts(
     **settings: Any,  # of `Forecaster`
 ) -> pd.DataFrame:
     "A row for each ticker and number of threads: QLIKE of the model, and the verdicts."
-    before, rows = torch.get_num_threads(), []
-    try:
-        for ticker, number in itertools.product(tickers, threads):
-            torch.set_num_threads(number)
+    rows = []
+    for ticker, number in itertools.product(tickers, threads):
+        with torch_threads(number):
             row = score_row(index_frames(ticker, [seed], **settings)[seed])
-            kept = {name: value for name, value in row.items() if name == "QLIKE, model" or "verdict" in name}
-            rows.append({"ticker": ticker, "threads": number} | kept)
-    finally:
-        torch.set_num_threads(before)
+        kept = {name: value for name, value in row.items() if name == "QLIKE, model" or "verdict" in name}
+        rows.append({"ticker": ticker, "threads": number} | kept)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evidence/68_product.ipynb #b6c84b2b

@@ -6,10 +6,9 @@
 __all__ = ['TPU_TABLES', 'measure_row', 'cpu_milliseconds', 'measure_costs', 'measure_tables']
 
 # %% ../../nbs/evidence/67_tpu.ipynb #ebf45e37
-import statistics
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.windows import Batch
+from .benchmarks import cpu_seconds, in_turns
 from .forms import CELL_FORMS, model_with
+from .record_files import torch_threads
 from ..model.losses import MultiObjectiveLoss
 from ..model.model import SMLSTM, SMLSTMConfig
 from ..using.compiler import CHIPS
@@ -61,19 +62,15 @@ def measure_row(
 # %% ../../nbs/evidence/67_tpu.ipynb #aae0514a
 def cpu_milliseconds(model: nn.Module, batch: Batch, rounds: int = 5) -> float:
     "Processor time of a training batch on one thread: the median of `rounds`, after one that compiles the kernels."
-    optimizer, objective, spent = torch.optim.AdamW(model.parameters()), MultiObjectiveLoss(), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(rounds + 1):
-            began = time.process_time()
-            objective(model(batch.x)[0], batch.y).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            spent.append(time.process_time() - began)
-    finally:
-        torch.set_num_threads(threads)
-    return 1e3 * statistics.median(spent[1:])
+    optimizer, objective = torch.optim.AdamW(model.parameters()), MultiObjectiveLoss()
+
+    def step() -> None:
+        objective(model(batch.x)[0], batch.y).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch_threads(1):
+        return 1e3 * in_turns({"batch": partial(cpu_seconds, step)}, rounds)["batch"]
 
 
 def measure_costs(hidden_size: int, batch_size: int, seq_length: int = 128, chip: str = "v5e") -> dict[str, Any]:
